@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/* GENERATED from loader/abi.py by `make abi`: do not edit. */
+
+#define COUNTERS 256
+#define REASON_STRIDE 64
+#define HEARTBEAT_MAX_NS 1000000000
+#define LISTENER_PRIORITY 28002
+#define CREDIT_BYTES 1048576
+#define EVENTS_BYTES 262144
+#define PICK_TRIES 4
+
+enum carried {
+	CARRIED_DIRECT = 1,
+	CARRIED_PROXY = 2,
+};
+
+enum pick {
+	PICK_ROUND_ROBIN = 1,
+	PICK_RANDOM = 2,
+};
+
+enum down {
+	DOWN_DIRECT = 1,
+	DOWN_REFUSE = 2,
+};
+
+enum program {
+	PROGRAM_CONNECT = 0,
+	PROGRAM_SOCKOPS = 1,
+	PROGRAM_SK_MSG = 2,
+	PROGRAM_COMMAND = 3,
+};
+
+enum reason {
+	REASON_DIRECT = 0,
+	REASON_PROXY = 1,
+	REASON_NO_ENDPOINT = 2,
+	REASON_ENDPOINT_VANISHED = 3,
+	REASON_PROXY_NOT_IN_NETNS = 4,
+	REASON_PROXY_HUNG = 5,
+	REASON_PROXY_DOWN_REFUSED = 6,
+	REASON_AGENT_EXEMPT = 7,
+	REASON_NETNS_UNSUPPORTED = 8,
+	REASON_STORAGE_FULL = 9,
+	REASON_FLOW_FULL = 10,
+	REASON_OPENED = 11,
+	REASON_CLOSED = 12,
+	REASON_JOINED = 13,
+	REASON_LEFT = 14,
+	REASON_REDIRECTED = 15,
+	REASON_NOT_BOUND = 16,
+	REASON_NO_CREDIT = 17,
+	REASON_ORDER_UNPROVEN = 18,
+	REASON_TARGET_MISSING = 19,
+	REASON_READER_BLOCKS = 20,
+	REASON_READER_LOWAT = 21,
+	REASON_NOT_TCP = 22,
+	REASON_SOCKET_UNKNOWN = 23,
+	REASON_MEMBERS_FULL = 24,
+	REASON_UNREAD = 25,
+	REASON_NOT_ESTABLISHED = 26,
+	REASON_READER_MAY_SPLICE = 27,
+};
+
+enum op {
+	OP_LOOK = 0,
+	OP_JOIN = 1,
+	OP_BIND = 2,
+	OP_UNBIND = 3,
+	OP_LEAVE = 4,
+};
+
+struct service_key {
+	u8 address[16];
+	__be16 port;
+	u8 protocol;
+	u8 pad;
+};
+_Static_assert(sizeof(struct service_key) == 20, "service_key");
+
+struct service_value {
+	u32 service_id;
+};
+_Static_assert(sizeof(struct service_value) == 4, "service_value");
+
+struct policy_value {
+	u32 slots;
+	u8 carrier;
+	u8 pick;
+	u8 on_proxy_down;
+	u8 pad;
+};
+_Static_assert(sizeof(struct policy_value) == 8, "policy_value");
+
+struct slot_key {
+	u32 service_id;
+	u32 index;
+};
+_Static_assert(sizeof(struct slot_key) == 8, "slot_key");
+
+struct slot_value {
+	u32 endpoint_id;
+};
+_Static_assert(sizeof(struct slot_value) == 4, "slot_value");
+
+struct endpoint_value {
+	u8 address[16];
+	__be16 port;
+	u8 draining;
+	u8 pad;
+};
+_Static_assert(sizeof(struct endpoint_value) == 20, "endpoint_value");
+
+struct agent_state {
+	u64 heartbeat_ns;
+	u64 exempt_cgroup;
+	__be16 proxy_port;
+	u8 governed;
+	u8 pad[5];
+};
+_Static_assert(sizeof(struct agent_state) == 24, "agent_state");
+
+struct origin {
+	u64 netns;
+	u64 cgroup;
+	u8 asked[16];
+	u8 given[16];
+	__be16 asked_port;
+	__be16 given_port;
+	u32 service_id;
+	u32 pid;
+	u8 carrier;
+	u8 counted;
+	u16 pad;
+};
+_Static_assert(sizeof(struct origin) == 64, "origin");
+
+struct flow_key {
+	u64 netns;
+	u8 address[16];
+	__be16 port;
+	u16 pad[3];
+};
+_Static_assert(sizeof(struct flow_key) == 32, "flow_key");
+
+struct flow_value {
+	u64 cgroup;
+	u8 asked[16];
+	__be16 asked_port;
+	u16 pad;
+	u32 service_id;
+	u32 pid;
+	u32 pad2;
+};
+_Static_assert(sizeof(struct flow_value) == 40, "flow_value");
+
+struct connection_count {
+	u64 opened[2];
+	u64 closed[2];
+};
+_Static_assert(sizeof(struct connection_count) == 32, "connection_count");
+
+struct event {
+	u64 netns;
+	u32 pid;
+	u32 reason;
+};
+_Static_assert(sizeof(struct event) == 16, "event");
+
+struct member_key {
+	u64 netns;
+	u8 local[16];
+	u8 remote[16];
+	u16 local_port;
+	u16 remote_port;
+	u32 pad;
+};
+_Static_assert(sizeof(struct member_key) == 48, "member_key");
+
+struct member {
+	struct member_key peer;
+	u64 sent;
+	u64 credit_base;
+	u32 proven_seq;
+	u8 bound;
+	u8 application;
+	u16 pad;
+};
+_Static_assert(sizeof(struct member) == 72, "member");
+
+struct command {
+	struct member_key downstream;
+	u32 op;
+	u32 reason;
+	u32 tcp_unread;
+	u32 redirect_unread;
+	u32 unacked;
+	u32 pad;
+};
+_Static_assert(sizeof(struct command) == 72, "command");

@@ -1,0 +1,125 @@
+"""Why a verdict fell: the one list for the kernel programs, the proxy, metrics, the CLI and the docs.
+
+Kernel reasons are below KERNEL_REASONS (they are indices of the kernel's counters); the proxy's begin there. Append
+only: numbers are part of the kernel's layout. TEXT must spell out every member (a unit test holds it to that).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+KERNEL_REASONS = 64
+
+
+class Reason(IntEnum):
+    # connect hook
+    DIRECT = 0
+    PROXY = 1
+    NO_ENDPOINT = 2
+    ENDPOINT_VANISHED = 3
+    PROXY_NOT_IN_NETNS = 4
+    PROXY_HUNG = 5
+    PROXY_DOWN_REFUSED = 6
+    AGENT_EXEMPT = 7
+    NETNS_UNSUPPORTED = 8
+    STORAGE_FULL = 9
+    # sockops
+    FLOW_FULL = 10
+    OPENED = 11
+    CLOSED = 12
+    # sk_msg and the command program
+    JOINED = 13
+    LEFT = 14
+    REDIRECTED = 15
+    NOT_BOUND = 16
+    NO_CREDIT = 17
+    ORDER_UNPROVEN = 18
+    TARGET_MISSING = 19
+    READER_BLOCKS = 20
+    READER_LOWAT = 21
+    NOT_TCP = 22
+    SOCKET_UNKNOWN = 23
+    MEMBERS_FULL = 24
+    UNREAD = 25
+    NOT_ESTABLISHED = 26
+    READER_MAY_SPLICE = 27
+    # proxy
+    NO_ORIGIN = 64
+    NO_SERVICE = 65
+    NO_HEALTHY_UPSTREAM = 66
+    CONNECT_FAILED = 67
+    CONNECT_TIMEOUT = 68
+    UPSTREAM_RESET = 69
+    UPSTREAM_PROTOCOL_ERROR = 70
+    REQUEST_TIMEOUT = 71
+    BAD_REQUEST = 72
+    HEAD_TOO_LARGE = 73
+    CONNECT_METHOD = 74
+    HEAD_TIMEOUT = 75
+    BODY_TIMEOUT = 76
+    IDLE_TIMEOUT = 77
+    TOO_MANY_CONNECTIONS = 78
+    TOO_MANY_PENDING = 79
+    DOWNSTREAM_CLOSED = 80
+    DRAINING = 81
+    HTTP2_NOT_YET = 82
+    UPSTREAM_CLOSED_EARLY = 83
+    EXPECTATION_UNKNOWN = 84
+
+    @property
+    def word(self) -> str:
+        """How logs, metrics and headers write it."""
+        return self.name.lower()
+
+
+TEXT: dict[Reason, str] = {
+    Reason.DIRECT: "connection led straight to an endpoint",
+    Reason.PROXY: "connection led to the proxy in the caller's namespace",
+    Reason.NO_ENDPOINT: "the service has no endpoint that takes new connections: the caller got an error",
+    Reason.ENDPOINT_VANISHED: "an endpoint was removed between two table reads; another one was tried",
+    Reason.PROXY_NOT_IN_NETNS: "no proxy listener in the caller's namespace: onProxyDown applied, the agent told",
+    Reason.PROXY_HUNG: "the proxy's heartbeat is older than a second: onProxyDown applied",
+    Reason.PROXY_DOWN_REFUSED: "refused because the proxy is down and onProxyDown is refuse",
+    Reason.AGENT_EXEMPT: "the agent's own connection, by its cgroup: left alone",
+    Reason.NETNS_UNSUPPORTED: "this kernel cannot tell namespaces apart (before 5.14): onProxyDown applied",
+    Reason.STORAGE_FULL: "no memory for the socket's storage: governed connections follow onProxyDown",
+    Reason.FLOW_FULL: "the original destination could not be stored: the proxy closes this connection",
+    Reason.OPENED: "connections established through us",
+    Reason.CLOSED: "connections of ours that ended",
+    Reason.JOINED: "a socket entered the redirect table",
+    Reason.LEFT: "a socket left the redirect table",
+    Reason.REDIRECTED: "a send handed from socket to socket",
+    Reason.NOT_BOUND: "a send by TCP: the socket's binding is off",
+    Reason.NO_CREDIT: "a send by TCP: too many bytes not known to be read",
+    Reason.ORDER_UNPROVEN: "a send by TCP: TCP bytes moved since the binding was proven",
+    Reason.TARGET_MISSING: "a send by TCP: the peer is no longer in the redirect table",
+    Reason.READER_BLOCKS: "not carried: the application reads with blocking calls",
+    Reason.READER_LOWAT: "not carried: the application set SO_RCVLOWAT",
+    Reason.NOT_TCP: "not carried: MPTCP, kTLS or another protocol than plain TCP",
+    Reason.SOCKET_UNKNOWN: "not carried: the socket was not found, or is not one that connect led to the proxy",
+    Reason.MEMBERS_FULL: "not carried: the redirect table is full (raise Agent.spec.maps.members)",
+    Reason.UNREAD: "not carried yet: bytes are unread or unacknowledged",
+    Reason.NOT_ESTABLISHED: "not carried: the connection is closing",
+    Reason.READER_MAY_SPLICE: "not carried: the application holds pipes and may read by splice",
+    Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
+    Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",
+    Reason.NO_HEALTHY_UPSTREAM: "the service has no endpoint that takes new connections",
+    Reason.CONNECT_FAILED: "the endpoint refused the connection or could not be reached",
+    Reason.CONNECT_TIMEOUT: "the endpoint did not accept within connectTimeout",
+    Reason.UPSTREAM_RESET: "the endpoint closed or reset the connection before it answered",
+    Reason.UPSTREAM_PROTOCOL_ERROR: "the endpoint's answer is not valid HTTP/1.1",
+    Reason.REQUEST_TIMEOUT: "no answer within timeouts.request",
+    Reason.BAD_REQUEST: "the request is malformed or its framing ambiguous: nothing of it reached an endpoint",
+    Reason.HEAD_TOO_LARGE: "the request head is over the limit of line, header count or size",
+    Reason.CONNECT_METHOD: "CONNECT is not served",
+    Reason.HEAD_TIMEOUT: "the request head did not arrive in time",
+    Reason.BODY_TIMEOUT: "the request body stopped arriving",
+    Reason.IDLE_TIMEOUT: "an idle connection was closed",
+    Reason.TOO_MANY_CONNECTIONS: "connectionPool.tcp.maxConnections reached",
+    Reason.TOO_MANY_PENDING: "connectionPool.http.http1MaxPendingRequests reached",
+    Reason.DOWNSTREAM_CLOSED: "the caller went away before the answer was complete",
+    Reason.DRAINING: "the proxy is shutting down",
+    Reason.HTTP2_NOT_YET: "HTTP/2 is relayed as TCP until it is served",
+    Reason.UPSTREAM_CLOSED_EARLY: "the endpoint closed in the middle of its answer",
+    Reason.EXPECTATION_UNKNOWN: "an Expect other than 100-continue",
+}
