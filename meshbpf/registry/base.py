@@ -1,0 +1,37 @@
+"""What every registry adapter yields: whole snapshots, never changes. Files, the embedded registry and all later ones.
+
+Rules for an adapter:
+- each value of `watch()` is everything that source knows now; whoever consumes it compares, an adapter need not;
+- a source in trouble never ends and never yields less than it knew: it yields its last good snapshot again, with `error`;
+- the order of services and endpoints does not depend on time, so that equal knowledge gives equal snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from meshbpf.model import Agent, Service, ServicePolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything one source knows. A service here may lack addresses, ports or endpoints that another source has."""
+
+    services: tuple[Service, ...] = ()
+    policies: tuple[ServicePolicy, ...] = ()
+    agent: Agent | None = None
+    error: str = ""  # why `services` is not the newest: the last error, one line per fault; empty when all is well
+    source: str = ""  # who says so, for people: `Source.name`
+    # Endpoints on 127.0.0.0/8 and ::1 mean "this machine", which a registry of other machines cannot know. An adapter
+    # that listens to the network sets False, unless it has checked each instance itself when it was written.
+    allow_loopback: bool = True
+
+
+class Source(Protocol):
+    """Where services come from. `watch()` is called once; closing the iterator (`aclose`) ends what it started."""
+
+    name: str
+
+    def watch(self) -> AsyncIterator[Snapshot]: ...
