@@ -60,6 +60,7 @@ enum reason {
 	REASON_UNREAD = 25,
 	REASON_NOT_ESTABLISHED = 26,
 	REASON_READER_MAY_SPLICE = 27,
+	REASON_PROXY_ABSENT = 28,
 };
 
 enum op {
@@ -115,8 +116,7 @@ struct agent_state {
 	u64 heartbeat_ns;
 	u64 exempt_cgroup;
 	__be16 proxy_port;
-	u8 governed;
-	u8 pad[5];
+	u16 pad[3];
 };
 _Static_assert(sizeof(struct agent_state) == 24, "agent_state");
 

@@ -94,7 +94,7 @@ class EndpointValue(ct.Structure):
 class AgentState(ct.Structure):
     """The one entry of `agent`: written by the loader, `heartbeat_ns` (CLOCK_MONOTONIC) by the workers."""
 
-    _fields_ = [("heartbeat_ns", u64), ("exempt_cgroup", u64), ("proxy_port", be16), ("governed", u8), ("pad", u8 * 5)]
+    _fields_ = [("heartbeat_ns", u64), ("exempt_cgroup", u64), ("proxy_port", be16), ("pad", u16 * 3)]
 
 
 class Origin(ct.Structure):

@@ -43,6 +43,7 @@ class Reason(IntEnum):
     UNREAD = 25
     NOT_ESTABLISHED = 26
     READER_MAY_SPLICE = 27
+    PROXY_ABSENT = 28
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -101,6 +102,7 @@ TEXT: dict[Reason, str] = {
     Reason.UNREAD: "not carried yet: bytes are unread or unacknowledged",
     Reason.NOT_ESTABLISHED: "not carried: the connection is closing",
     Reason.READER_MAY_SPLICE: "not carried: the application holds pipes and may read by splice",
+    Reason.PROXY_ABSENT: "no proxy is running: onProxyDown applied",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",
     Reason.NO_HEALTHY_UPSTREAM: "the service has no endpoint that takes new connections",

@@ -1,0 +1,281 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/*
+ * cgroup/connect4, connect6, getpeername4, getpeername6: where a connection goes, and what its application is told.
+ *
+ * The rule of this file: a connect() may be led elsewhere, but it is never answered with an error that plain TCP would
+ * not have given. Refusing means leading to port 0 of the loopback, where nobody can listen: ECONNREFUSED on every
+ * kernel, never EPERM.
+ */
+#include "maps.h"
+#include "lib/address.h"
+#include "lib/count.h"
+
+#define STREAM 1
+#define IPPROTO_TCP_ 6
+#define LISTENING 10
+#define CREATE 1
+
+struct destination {
+	u8 address[16];
+	__be16 port;
+	u8 carrier;
+	u8 pad;
+};
+
+/* A slot's endpoint. Tried a few times, because the loader may be changing the tables under us: between two reads an
+ * endpoint can be gone, and then the next slot's is as good. */
+static __always_inline bool pick_endpoint(u32 service_id, const struct policy_value *policy, bool ipv4_only,
+					  struct destination *to)
+{
+	u64 start = bpf_get_prandom_u32();
+	u64 *round;
+
+	if (policy->pick == PICK_ROUND_ROBIN) {
+		round = rounds.lookup(&service_id);
+		if (round) {
+			/* Read and add apart: two CPUs may pick the same slot, which costs nothing; a fetching
+			 * add would cost kernels before 5.12. */
+			start = *round;
+			__sync_fetch_and_add(round, 1);
+		}
+	}
+#pragma unroll
+	for (int try = 0; try < PICK_TRIES; try++) {
+		struct slot_key key = {.service_id = service_id};
+		struct endpoint_value *endpoint;
+		struct slot_value *slot;
+
+		if (!policy->slots)
+			return false;
+		key.index = (start + try) % policy->slots;
+		slot = slots.lookup(&key);
+		if (slot) {
+			u32 endpoint_id = slot->endpoint_id;
+
+			endpoint = endpoints.lookup(&endpoint_id);
+			if (endpoint && !endpoint->draining && (!ipv4_only || is_ipv4(endpoint->address))) {
+				copy_address(to->address, endpoint->address);
+				to->port = endpoint->port;
+				to->carrier = CARRIED_DIRECT;
+				return true;
+			}
+		}
+		count(PROGRAM_CONNECT, REASON_ENDPOINT_VANISHED);
+	}
+	return false;
+}
+
+/* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its socket priority,
+ * which only CAP_NET_ADMIN can set. */
+static __always_inline bool proxy_listens(struct bpf_sock_addr *ctx, const struct agent_state *state, bool ipv4)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *listener;
+	bool ours;
+
+	if (ipv4) {
+		tuple.ipv4.saddr = LOOPBACK4;
+		tuple.ipv4.daddr = LOOPBACK4;
+		tuple.ipv4.sport = __builtin_bswap16(1);
+		tuple.ipv4.dport = state->proxy_port;
+		listener = bpf_sk_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		tuple.ipv6.saddr[3] = LOOPBACK6;
+		tuple.ipv6.daddr[3] = LOOPBACK6;
+		tuple.ipv6.sport = __builtin_bswap16(1);
+		tuple.ipv6.dport = state->proxy_port;
+		listener = bpf_sk_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!listener)
+		return false;
+	ours = listener->state == LISTENING && listener->priority == LISTENER_PRIORITY;
+	bpf_sk_release(listener);
+	return ours;
+}
+
+static __always_inline u64 namespace_of(struct bpf_sock_addr *ctx)
+{
+#if NETNS_COOKIES
+	return bpf_get_netns_cookie(ctx);
+#else
+	return 0; /* user space could not learn a cookie (before 5.14): only the first namespace is governed */
+#endif
+}
+
+/* Whether a governed connection can go to the proxy now; if not, the reason why. */
+static __always_inline enum reason proxy_ready(struct bpf_sock_addr *ctx, const struct agent_state *state, bool ipv4)
+{
+	bool alive = bpf_ktime_get_ns() - state->heartbeat_ns < HEARTBEAT_MAX_NS;
+
+#if !NETNS_COOKIES
+	if (bpf_get_netns_cookie(ctx) != bpf_get_netns_cookie(0))
+		return REASON_NETNS_UNSUPPORTED;
+#endif
+	if (proxy_listens(ctx, state, ipv4))
+		return alive ? REASON_PROXY : REASON_PROXY_HUNG;
+	if (!alive)
+		return REASON_PROXY_ABSENT;
+	struct event event = {
+		.netns = namespace_of(ctx),
+		.pid = bpf_get_current_pid_tgid() >> 32,
+		.reason = REASON_PROXY_NOT_IN_NETNS,
+	};
+	events.ringbuf_output(&event, sizeof(event), 0);
+	return REASON_PROXY_NOT_IN_NETNS;
+}
+
+static __always_inline void refuse(struct destination *to, bool ipv4)
+{
+	if (ipv4)
+		set_address4(to->address, LOOPBACK4);
+	else
+		set_address6(to->address, 0, 0, 0, LOOPBACK6);
+	to->port = 0;
+	to->carrier = CARRIED_DIRECT;
+}
+
+/* Decide where `key` leads. False: it is no service of ours, or we are asked to keep out; the call stays as it is. */
+static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *key, bool ipv4_socket,
+				 struct destination *to)
+{
+	struct service_value *service = services.lookup(key);
+	bool ipv4 = ipv4_socket || is_ipv4(key->address);
+	struct policy_value *policy;
+	struct agent_state *state;
+	struct bpf_sock *sk;
+	enum reason reason;
+	u32 service_id;
+	int zero = 0;
+
+	if (!service)
+		return false;
+	service_id = service->service_id;
+	policy = policies.lookup(&service_id);
+	state = agent.lookup(&zero);
+	sk = ctx->sk;
+	if (!policy || !state || !sk)
+		return false;
+	if (state->exempt_cgroup && state->exempt_cgroup == bpf_get_current_cgroup_id()) {
+		count(PROGRAM_CONNECT, REASON_AGENT_EXEMPT);
+		return false;
+	}
+
+	struct origin fresh = {};
+	struct origin *origin = origins.sk_storage_get(sk, &fresh, CREATE);
+
+	if (!origin)
+		count(PROGRAM_CONNECT, REASON_STORAGE_FULL);
+	reason = REASON_DIRECT;
+	if (policy->carrier == CARRIED_PROXY) {
+		/* Without storage sockops could not tell the proxy where the call was going. */
+		reason = origin ? proxy_ready(ctx, state, ipv4) : REASON_STORAGE_FULL;
+		count(PROGRAM_CONNECT, reason);
+	}
+	if (reason == REASON_PROXY) {
+		refuse(to, ipv4); /* the loopback; the port follows */
+		to->port = state->proxy_port;
+		to->carrier = CARRIED_PROXY;
+	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE) {
+		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
+		refuse(to, ipv4);
+	} else if (pick_endpoint(service_id, policy, ipv4_socket, to)) {
+		count(PROGRAM_CONNECT, REASON_DIRECT);
+	} else {
+		count(PROGRAM_CONNECT, REASON_NO_ENDPOINT);
+		refuse(to, ipv4);
+	}
+	if (origin) {
+		origin->netns = namespace_of(ctx);
+		origin->cgroup = bpf_get_current_cgroup_id();
+		origin->pid = bpf_get_current_pid_tgid() >> 32;
+		origin->service_id = service_id;
+		origin->carrier = to->carrier;
+		origin->counted = 0;
+		copy_address(origin->asked, key->address);
+		origin->asked_port = key->port;
+		copy_address(origin->given, to->address);
+		origin->given_port = to->port;
+	}
+	return true;
+}
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct service_key key = {.protocol = IPPROTO_TCP_};
+	struct destination to = {};
+
+	if (ctx->type != STREAM || ctx->protocol != IPPROTO_TCP_)
+		return 1;
+	set_address4(key.address, ctx->user_ip4);
+	key.port = ctx->user_port;
+	if (lead(ctx, &key, true, &to)) {
+		ctx->user_ip4 = ((u32 *)to.address)[3];
+		ctx->user_port = to.port;
+	}
+	return 1;
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct service_key key = {.protocol = IPPROTO_TCP_};
+	struct destination to = {};
+
+	if (ctx->type != STREAM || ctx->protocol != IPPROTO_TCP_)
+		return 1;
+	set_address6(key.address, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	key.port = ctx->user_port;
+	if (lead(ctx, &key, false, &to)) {
+		ctx->user_ip6[0] = ((u32 *)to.address)[0];
+		ctx->user_ip6[1] = ((u32 *)to.address)[1];
+		ctx->user_ip6[2] = ((u32 *)to.address)[2];
+		ctx->user_ip6[3] = ((u32 *)to.address)[3];
+		ctx->user_port = to.port;
+	}
+	return 1;
+}
+
+/* The storage of a socket whose peer is the one we led it to. A socket that was connected again, to somewhere else,
+ * keeps its true peer. */
+static __always_inline struct origin *led_to(struct bpf_sock_addr *ctx, const u8 *peer)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct origin *origin;
+
+	if (!sk)
+		return 0;
+	origin = origins.sk_storage_get(sk, 0, 0);
+	if (!origin || origin->given_port != ctx->user_port || !same_address(origin->given, peer))
+		return 0;
+	return origin;
+}
+
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct origin *origin;
+	u8 peer[16];
+
+	set_address4(peer, ctx->user_ip4);
+	origin = led_to(ctx, peer);
+	if (origin) {
+		ctx->user_ip4 = ((u32 *)origin->asked)[3];
+		ctx->user_port = origin->asked_port;
+	}
+	return 1;
+}
+
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct origin *origin;
+	u8 peer[16];
+
+	set_address6(peer, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	origin = led_to(ctx, peer);
+	if (origin) {
+		ctx->user_ip6[0] = ((u32 *)origin->asked)[0];
+		ctx->user_ip6[1] = ((u32 *)origin->asked)[1];
+		ctx->user_ip6[2] = ((u32 *)origin->asked)[2];
+		ctx->user_ip6[3] = ((u32 *)origin->asked)[3];
+		ctx->user_port = origin->asked_port;
+	}
+	return 1;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/*
+ * Every table, once. Each is pinned by its name in PIN_DIR (given by loader/compile.py, which puts the layout's digest
+ * into that path), so that an upgrade with the same layout goes on with the same tables.
+ *
+ * One declaration for all kinds, because bcc's own macros cannot pin a sockhash, a ring buffer or socket storage.
+ */
+#pragma once
+#include "abi.h"
+
+#define TABLE(_kind, _key, _leaf, _name, _max, _flags)                                                         \
+	struct _name##_table_t {                                                                               \
+		_key key;                                                                                      \
+		_leaf leaf;                                                                                    \
+		_leaf *(*lookup)(_key *);                                                                      \
+		int (*update)(_key *, _leaf *);                                                                \
+		int (*delete)(_key *);                                                                         \
+		void (*call)(void *, int);                                                                     \
+		void *(*sk_storage_get)(void *, void *, int);                                                  \
+		int (*sk_storage_delete)(void *);                                                              \
+		int (*msg_redirect_hash)(void *, void *, u64);                                                 \
+		int (*ringbuf_output)(void *, u64, u64);                                                       \
+		u32 max_entries;                                                                               \
+		int flags;                                                                                     \
+	};                                                                                                     \
+	__attribute__((section("maps/" _kind ":" PIN_DIR "/" #_name))) struct _name##_table_t _name = {        \
+		.flags = (_flags), .max_entries = (_max)};                                                     \
+	BPF_ANNOTATE_KV_PAIR(_name, _key, _leaf)
+
+/* address, port, protocol -> service id. Writer: loader. */
+TABLE("hash", struct service_key, struct service_value, services, SIZE_SERVICES, 0);
+/* service id -> slot count, carrier, pick, onProxyDown. Writer: loader. */
+TABLE("hash", u32, struct policy_value, policies, SIZE_POLICIES, 0);
+/* service id, index -> endpoint id; an endpoint stands here as often as its weight says. Writer: loader. */
+TABLE("hash", struct slot_key, struct slot_value, slots, SIZE_SLOTS, 0);
+/* endpoint id -> address and port. Writer: loader. */
+TABLE("hash", u32, struct endpoint_value, endpoints, SIZE_ENDPOINTS, 0);
+/* service id -> round-robin position. Entries: loader; position: connect. */
+TABLE("hash", u32, u64, rounds, SIZE_POLICIES, 0);
+/* the one entry about the agent. Writers: loader, workers (heartbeat). */
+TABLE("array", int, struct agent_state, agent, 1, 0);
+/* per socket: what connect decided about it. Writer: connect. */
+TABLE("sk_storage", int, struct origin, origins, 0, BPF_F_NO_PREALLOC);
+/* client within a namespace -> what it dialled. Writer: sockops, and nobody else. Reader: workers. */
+TABLE("lru_hash", struct flow_key, struct flow_value, flows, SIZE_FLOWS, 0);
+/* service id -> connections opened and closed, per CPU. Entries: loader; counts: sockops. */
+TABLE("percpu_hash", u32, struct connection_count, connections, SIZE_POLICIES, BPF_F_NO_PREALLOC);
+/* program * REASON_STRIDE + reason -> verdicts, per CPU. */
+TABLE("percpu_array", int, u64, counters, COUNTERS, 0);
+/* callers in a namespace without a listener. Reader: agent. */
+TABLE("ringbuf", int, int, events, EVENTS_BYTES, 0);

@@ -1,0 +1,7 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/* The one text that is compiled: loader/source.py inlines these files in this order. Nothing else belongs here. */
+#include <uapi/linux/bpf.h>
+
+#define __always_inline inline __attribute__((always_inline))
+#include "connect.c"
+#include "sockops.c"

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/*
+ * sockops: a connection that connect led somewhere is established, and later ends.
+ *
+ * Established comes before the handshake's last packet leaves, so `flows` holds the entry before the proxy can accept.
+ */
+#include "maps.h"
+#include "lib/address.h"
+#include "lib/count.h"
+
+#define TCP_CLOSED 7
+
+static __always_inline void flow_key_of(struct bpf_sock_ops *ops, const struct origin *origin, struct flow_key *key)
+{
+	/* All words before the branch: inside it the compiler would merge the loads into one from a computed context
+	 * address, which the verifier refuses. */
+	u32 ip4 = ops->local_ip4, a = ops->local_ip6[0], b = ops->local_ip6[1], c = ops->local_ip6[2],
+	    d = ops->local_ip6[3];
+
+	key->netns = origin->netns;
+	if (ops->family == FAMILY_IPV4)
+		set_address4(key->address, ip4);
+	else
+		set_address6(key->address, a, b, c, d);
+	key->port = __builtin_bswap16(ops->local_port);
+}
+
+static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *origin)
+{
+	u32 service_id = origin->service_id;
+	struct connection_count *per_service = connections.lookup(&service_id);
+
+	if (origin->carrier == CARRIED_PROXY) {
+		struct flow_key key = {};
+		struct flow_value flow = {
+			.cgroup = origin->cgroup,
+			.asked_port = origin->asked_port,
+			.service_id = service_id,
+			.pid = origin->pid,
+		};
+
+		copy_address(flow.asked, origin->asked);
+		flow_key_of(ops, origin, &key);
+		/* A failed update shows at accept as a connection without origin: closed, never misled. */
+		if (flows.update(&key, &flow))
+			count(PROGRAM_SOCKOPS, REASON_FLOW_FULL);
+		if (per_service)
+			per_service->opened[CARRIED_PROXY - 1] += 1;
+	} else if (per_service) {
+		per_service->opened[CARRIED_DIRECT - 1] += 1;
+	}
+	count(PROGRAM_SOCKOPS, REASON_OPENED);
+	origin->counted = 1;
+	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void closed(struct bpf_sock_ops *ops, struct origin *origin)
+{
+	u32 service_id = origin->service_id;
+	struct connection_count *per_service = connections.lookup(&service_id);
+
+	if (origin->carrier == CARRIED_PROXY) {
+		struct flow_key key = {};
+
+		flow_key_of(ops, origin, &key);
+		flows.delete(&key);
+		if (per_service)
+			per_service->closed[CARRIED_PROXY - 1] += 1;
+	} else if (per_service) {
+		per_service->closed[CARRIED_DIRECT - 1] += 1;
+	}
+	count(PROGRAM_SOCKOPS, REASON_CLOSED);
+	origin->counted = 0;
+}
+
+int sockops(struct bpf_sock_ops *ops)
+{
+	struct origin *origin;
+	struct bpf_sock *sk;
+	bool establishing = ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB;
+
+	if (!establishing && !(ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] == TCP_CLOSED))
+		return 1;
+	sk = ops->sk;
+	if (!sk)
+		return 1;
+	origin = origins.sk_storage_get(sk, 0, 0);
+	if (!origin)
+		return 1;
+	if (establishing) {
+		/* Connected again to somewhere that is no service: the old decision is not about this connection. */
+		if (ops->remote_port != (u32)origin->given_port << 16)
+			return 1;
+		opened(ops, origin);
+	} else if (origin->counted) {
+		closed(ops, origin);
+	}
+	return 1;
+}

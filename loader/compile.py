@@ -1,0 +1,92 @@
+"""The one file that imports bcc, run as a short-lived child so that LLVM's 120 MB are given back: `python -m loader.compile`.
+
+Reads a job (JSON) on stdin, compiles the inlined text, loads every program and pins it in `programs`; tables pin
+themselves in `maps` (see bpf/maps.h). Prints {"programs": [...]} or, on failure, {"error", "detail"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loader import libbpf, source
+from meshbpf.errors import DataplaneError, EnvironmentLack
+
+HEADERS = source.BPF / "kernel"
+SOCK_OPS, SK_MSG, SCHED_CLS, SOCK_ADDR = 13, 16, 3, 18
+# name → program type, expected attach type (-1: none)
+PROGRAMS: dict[str, tuple[int, int]] = {
+    "connect4": (SOCK_ADDR, 10),
+    "connect6": (SOCK_ADDR, 11),
+    "getpeername4": (SOCK_ADDR, 29),
+    "getpeername6": (SOCK_ADDR, 30),
+    "sockops": (SOCK_OPS, -1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`maps` and `programs` are folders on bpffs; `defines` become -DNAME=VALUE; `names` which programs to load."""
+
+    maps: str
+    programs: str
+    defines: dict[str, int]
+    names: tuple[str, ...]
+
+
+def compile_and_pin(job: Job) -> None:
+    """Run `job` in a child process. Raises EnvironmentLack without bcc, DataplaneError with the compiler's words."""
+    child = subprocess.run(
+        [sys.executable, "-m", "loader.compile"],
+        input=json.dumps(asdict(job)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "BCC_KERNEL_SOURCE": str(HEADERS), "PYTHONPATH": str(source.BPF.parent)},
+    )
+    try:
+        answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        answer = {"error": f"the compiler process ended with {child.returncode}"}
+    if answer.get("error") == "bcc":
+        raise EnvironmentLack(
+            "bcc (Python) is missing", "apt-get install python3-bpfcc, and a virtual environment that sees it (make setup)"
+        )
+    if "error" in answer:
+        raise DataplaneError(f"{answer['error']}\n{child.stderr.strip()[-4000:]}")
+
+
+def main() -> int:
+    job = Job(**json.load(sys.stdin))
+    try:
+        from bcc import BPF
+    except ImportError:
+        print(json.dumps({"error": "bcc"}))
+        return 1
+    flags = [f'-DPIN_DIR="{job.maps}"', *(f"-D{name}={value}" for name, value in job.defines.items())]
+    try:
+        module = BPF(text=source.text(), cflags=flags)
+    except Exception as error:  # noqa: BLE001  bcc raises bare Exception
+        print(json.dumps({"error": f"compile: {error}"}))
+        return 1
+    for name in job.names:
+        kind, attach_type = PROGRAMS[name]
+        try:
+            function = module.load_func(name, kind, None, attach_type)
+        except Exception as error:  # noqa: BLE001
+            print(json.dumps({"error": f"load {name}: {error}"}))
+            return 1
+        path = Path(job.programs) / name
+        path.unlink(missing_ok=True)
+        libbpf.pin(function.fd, path)
+    print(json.dumps({"programs": list(job.names)}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,255 @@
+"""Attach, apply, detach, read: the whole life of an instance in the kernel. Everything is reached by pin.
+
+The rules: tables are full before the first hook is attached; connect hooks come last and go first, so that nothing is
+led anywhere before the rest is there; a running hook is replaced inside its link, so there is no unattached moment;
+a process killed anywhere leaves only pins of ours, which the next attach adopts and `detach` removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from loader import abi, compile, environment, libbpf
+from loader.diff import diff
+from loader.instance import Instance
+from loader.plan import TABLES, Plan, Tables, plan
+from meshbpf import wire
+from meshbpf.errors import DataplaneError
+from meshbpf.model import MapSizes, Mesh
+
+# hook → attach type, in the order of attaching
+CGROUP_HOOKS = {"getpeername4": 29, "getpeername6": 30, "sockops": 3, "connect4": 10, "connect6": 11}
+# table → key size, value size, per CPU
+SHAPES: dict[str, tuple[int, int, bool]] = {
+    "services": (20, 4, False),
+    "policies": (4, 8, False),
+    "slots": (8, 4, False),
+    "endpoints": (4, 20, False),
+    "rounds": (4, 8, False),
+    "agent": (4, 24, False),
+    "flows": (32, 40, False),
+    "connections": (4, 32, True),
+    "counters": (4, 8, True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an apply did: writes made, and the names of the ids now in the kernel."""
+
+    writes: int
+    plan: Plan
+
+
+class Dataplane:
+    """One attached instance. Make it with `attach` (writes) or `open_pins` (reads)."""
+
+    def __init__(self, instance: Instance, layout: str, sizes: MapSizes) -> None:
+        self.instance = instance
+        self.layout = layout
+        self.sizes = sizes
+        room = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
+        self.maps: dict[str, libbpf.Map] = {}
+        for name, (key, value, per_cpu) in SHAPES.items():
+            path = instance.maps(layout) / name
+            self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
+        self._have: Tables | None = None
+
+    # --- writing ---------------------------------------------------------------------------------------------
+
+    def apply(self, mesh: Mesh) -> Applied:
+        """Make the kernel hold `mesh`. Raises MapFull (nothing lost: what was there stays served)."""
+        have = self.read_tables() if self._have is None else self._have
+        planned = plan(mesh, have)
+        self._have = None  # a failure half-way is read back from the kernel next time
+        self._make_rows(planned)
+        writes = 0
+        for write in diff(have, planned.tables):
+            if write.value is None:
+                self.maps[write.table].delete(write.key)
+            else:
+                self.maps[write.table].update(write.key, write.value)
+            writes += 1
+        self._drop_rows(planned)
+        self._have = planned.tables
+        return Applied(writes, planned)
+
+    def _make_rows(self, planned: Plan) -> None:
+        """Every service id has its round-robin position and its connection counts before a hook can look."""
+        for service_id in planned.service_ids:
+            key = service_id.to_bytes(4, "little")
+            for name in ("rounds", "connections"):
+                with contextlib.suppress(DataplaneError):  # EEXIST: it goes on counting
+                    self.maps[name].update(key, bytes(self.maps[name].value_size), libbpf.NOEXIST)
+
+    def _drop_rows(self, planned: Plan) -> None:
+        for name in ("rounds", "connections"):
+            for key in list(self.maps[name].keys()):
+                if int.from_bytes(key, "little") not in planned.service_ids:
+                    self.maps[name].delete(key)
+
+    def set_agent(self, proxy_port: int, heartbeat_ns: int, exempt_cgroup: int) -> None:
+        value = abi.AgentState(heartbeat_ns, exempt_cgroup, proxy_port)
+        self.maps["agent"].update(bytes(4), bytes(value))
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    def read_tables(self) -> Tables:
+        return Tables(**{name: dict(self.maps[name].items()) for name in TABLES})
+
+    def counters(self) -> dict[tuple[str, str], int]:
+        """(program, reason) → verdicts since attach, all CPUs; zero counts are left out."""
+        found = {}
+        for index in range(abi.COUNTERS):
+            raw = self.maps["counters"].lookup(index.to_bytes(4, "little")) or b""
+            total = sum(int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8))
+            if total:
+                program = abi.Program(index // abi.REASON_STRIDE).name.lower()
+                found[program, abi.Reason(index % abi.REASON_STRIDE).word] = total
+        return found
+
+    def connections(self) -> dict[int, tuple[int, int, int, int]]:
+        """Service id → (opened direct, opened proxy, closed direct, closed proxy), all CPUs."""
+        found = {}
+        for key, raw in self.maps["connections"].items():
+            words = [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
+            a, b, c, d = (sum(words[i::4]) for i in range(4))
+            found[int.from_bytes(key, "little")] = (a, b, c, d)
+        return found
+
+    def origin(self, netns: int, address: str, port: int) -> abi.FlowValue | None:
+        """What the connection from `address`:`port` within the namespace dialled; None when we led none here."""
+        raw = self.maps["flows"].lookup(bytes(abi.FlowKey(netns, abi.pack_address(address), port)))
+        return None if raw is None else abi.FlowValue.from_buffer_copy(raw)
+
+    def close(self) -> None:
+        for table in self.maps.values():
+            table.close()
+
+
+def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> Iterator[str]:
+    """Attach or upgrade, a step at a time; yields each finished step's name. The caller holds the instance's lock.
+
+    Drive it to the end; a test kills the process between any two steps and finds that attach and detach still work.
+    """
+    environment.require_capabilities()
+    environment.require_bpffs()
+    sizes = mesh.agent.maps
+    cookies = environment.has_netns_cookies()
+    layout = abi.layout(sizes) + ("" if cookies else "-nocookie")
+    maps, stage = instance.maps(layout), instance.pins / "stage"
+    for folder in (instance.pins.parent, instance.pins, maps, instance.programs, instance.links, stage):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    yield "folders"
+    defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
+    defines["NETNS_COOKIES"] = int(cookies)
+    compile.compile_and_pin(compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS)))
+    yield "compiled"
+    dataplane = Dataplane(instance, layout, sizes)
+    try:
+        dataplane.apply(mesh)
+        yield "filled"
+        yield from _attach_hooks(instance, cgroups, stage)
+        for name in CGROUP_HOOKS:
+            (stage / name).rename(instance.programs / name)
+        stage.rmdir()
+        yield "programs kept"
+        _drop_stale(instance, cgroups, layout)
+        write_state(instance, layout, cgroups, mesh)
+        yield "state written"
+    finally:
+        dataplane.close()
+
+
+def _attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path) -> Iterator[str]:
+    for hook, attach_type in CGROUP_HOOKS.items():
+        program = libbpf.get(stage / hook)
+        try:
+            for cgroup in cgroups:
+                pin = instance.links / f"{cgroup.stat().st_ino}-{hook}"
+                if pin.exists():
+                    link = libbpf.get(pin)
+                    libbpf.link_update(link, program)
+                else:
+                    target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    try:
+                        link = libbpf.link_create(program, target, attach_type)
+                    finally:
+                        os.close(target)
+                    libbpf.pin(link, pin)
+                os.close(link)
+                yield f"{hook} on {cgroup.name}"
+        finally:
+            os.close(program)
+
+
+def _drop_stale(instance: Instance, cgroups: Sequence[Path], layout: str) -> None:
+    """Links of cgroups no longer named, and tables of an older layout."""
+    kept = {str(cgroup.stat().st_ino) for cgroup in cgroups}
+    for pin in sorted(instance.links.iterdir()):
+        if pin.name.split("-")[0] not in kept:
+            pin.unlink()
+    for folder in instance.pins.glob("maps-*"):
+        if folder != instance.maps(layout):
+            shutil.rmtree(folder)
+
+
+def write_state(instance: Instance, layout: str, cgroups: Sequence[Path], mesh: Mesh) -> None:
+    instance.write_state(
+        {"schemaVersion": 1, "layout": layout, "cgroups": [str(c) for c in cgroups], "mesh": wire.encode(mesh)}
+    )
+
+
+def attach(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> None:
+    for _ in attach_steps(instance, cgroups, mesh):
+        pass
+
+
+def open_pins(instance: Instance) -> tuple[Dataplane, Mesh] | None:
+    """The attached instance and the mesh last applied, for reading; None when nothing is attached."""
+    state = instance.read_state()
+    if not state or not instance.maps(state["layout"]).is_dir():
+        return None
+    mesh = wire.decode(Mesh, state["mesh"])
+    return Dataplane(instance, state["layout"], mesh.agent.maps), mesh
+
+
+def detach(instance: Instance) -> list[str]:
+    """Remove every pin and file of the instance, connect hooks first; returns what was removed. Idempotent."""
+    removed: list[str] = []
+    if instance.links.is_dir():
+        order = {hook: index for index, hook in enumerate(reversed(CGROUP_HOOKS))}
+        for pin in sorted(instance.links.iterdir(), key=lambda pin: order.get(pin.name.split("-")[-1], 99)):
+            pin.unlink()
+            removed.append(f"link {pin.name}")
+    if instance.pins.is_dir():
+        for path in sorted(instance.pins.rglob("*"), reverse=True):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+                removed.append(f"{'map' if path.parent.name.startswith('maps-') else 'program'} {path.name}")
+        instance.pins.rmdir()
+        with contextlib.suppress(OSError):  # another instance lives beside us
+            instance.pins.parent.rmdir()
+    if instance.run.is_dir():
+        shutil.rmtree(instance.run)
+        removed.append(f"run directory {instance.run}")
+        with contextlib.suppress(OSError):
+            instance.run.parent.rmdir()
+    return removed
+
+
+def netns_cookie(sock: socket.socket) -> int:
+    """The namespace of `sock` as the kernel programs name it; 0 where this kernel cannot tell."""
+    if not environment.has_netns_cookies():
+        return 0
+    raw: Any = sock.getsockopt(socket.SOL_SOCKET, environment.SO_NETNS_COOKIE, 8)
+    return int.from_bytes(raw, "little")

@@ -1,0 +1,88 @@
+"""What this machine must have before anything is attached; every lack is named with its remedy. Changes nothing but
+mounting bpffs when it may.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import os
+import socket
+from pathlib import Path
+
+from loader import libbpf
+from loader.instance import BPFFS
+from meshbpf.errors import EnvironmentLack
+
+CAPABILITIES = {12: "CAP_NET_ADMIN", 39: "CAP_BPF", 38: "CAP_PERFMON"}
+CAP_SYS_ADMIN = 21
+SO_NETNS_COOKIE = 71
+
+
+def mounts() -> list[tuple[str, str]]:
+    """(mount point, file system type) of everything mounted, in order."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    return [(fields[1], fields[2]) for fields in (line.split() for line in lines)]
+
+
+def cgroup2() -> Path:
+    """Where cgroup2 is mounted. Raises EnvironmentLack when it is not."""
+    for point, kind in mounts():
+        if kind == "cgroup2":
+            return Path(point)
+    raise EnvironmentLack("cgroup2 is not mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def missing_capabilities() -> list[str]:
+    """Names of the capabilities we need and lack; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON on old kernels."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            held = int(line.split()[1], 16)
+            break
+    else:
+        return list(CAPABILITIES.values())
+    admin = bool(held >> CAP_SYS_ADMIN & 1)
+    return [name for bit, name in CAPABILITIES.items() if not (held >> bit & 1 or (admin and name != "CAP_NET_ADMIN"))]
+
+
+def require_capabilities() -> None:
+    missing = missing_capabilities()
+    if missing:
+        raise EnvironmentLack(f"missing capabilities: {', '.join(missing)}", "run as root (sudo), or grant them to the unit")
+
+
+def require_bpffs() -> None:
+    """bpffs is mounted at /sys/fs/bpf; mounts it when it is not and we may. Raises EnvironmentLack otherwise."""
+    if (str(BPFFS), "bpf") in mounts():
+        return
+    if libbpf.libc().mount(b"bpf", os.fsencode(BPFFS), b"bpf", ct.c_ulong(0), b"mode=0700") != 0:
+        number = ct.get_errno()
+        raise EnvironmentLack(f"bpffs is not mounted at {BPFFS} ({os.strerror(number)})", f"mount -t bpf bpf {BPFFS}")
+
+
+def check_cgroup(path: Path, allow_root: bool = False) -> Path:
+    """`path` as an absolute cgroup2 directory. Raises EnvironmentLack for a missing one, another file system, the root."""
+    top = cgroup2()
+    resolved = path.resolve()
+    if not resolved.is_dir():
+        raise EnvironmentLack(
+            f"cgroup {path} does not exist",
+            f"mkdir {path}, or name a systemd slice: {top}/system.slice/NAME.service",
+        )
+    if not resolved.is_relative_to(top) or not (resolved / "cgroup.procs").exists():
+        raise EnvironmentLack(f"{path} is not a cgroup2 directory", f"choose one below {top}")
+    if resolved == top and not allow_root:
+        raise EnvironmentLack(
+            f"{path} is the machine's root cgroup: every process would be led",
+            "choose a child cgroup, or say --allow-root-cgroup",
+        )
+    return resolved
+
+
+def has_netns_cookies() -> bool:
+    """Whether user space can learn a namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        except OSError:
+            return False
+    return True

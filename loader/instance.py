@@ -1,0 +1,119 @@
+"""Where an instance lives: its pins, its run directory, its lock and its state file. Paths and locking only.
+
+    /sys/fs/bpf/meshbpf/NAME/maps-LAYOUT/   tables        /run/meshbpf/NAME/lock        who may change the instance
+    /sys/fs/bpf/meshbpf/NAME/programs/      programs      /run/meshbpf/NAME/state.json  what was attached, for reading
+    /sys/fs/bpf/meshbpf/NAME/links/         CGROUP-HOOK   /run/meshbpf/NAME/agent.sock  the agent's API
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshbpf.errors import Busy, MeshError
+
+BPFFS = Path("/sys/fs/bpf")
+RUN = Path("/run/meshbpf")
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    name: str
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise MeshError(f"instance {self.name!r}: use lower-case letters, digits and dashes, at most 40")
+
+    @property
+    def pins(self) -> Path:
+        return BPFFS / "meshbpf" / self.name
+
+    @property
+    def programs(self) -> Path:
+        return self.pins / "programs"
+
+    @property
+    def links(self) -> Path:
+        return self.pins / "links"
+
+    def maps(self, layout: str) -> Path:
+        return self.pins / f"maps-{layout}"
+
+    @property
+    def run(self) -> Path:
+        return RUN / self.name
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "agent.sock"
+
+    @property
+    def state_file(self) -> Path:
+        return self.run / "state.json"
+
+    def make_run(self) -> None:
+        RUN.mkdir(mode=0o755, exist_ok=True)
+        self.run.mkdir(mode=0o700, exist_ok=True)
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Replace the state file in one step, so that a reader never sees half of it."""
+        self.make_run()
+        staged = self.state_file.with_suffix(".new")
+        staged.write_text(json.dumps(state))
+        staged.chmod(0o600)
+        staged.replace(self.state_file)
+
+    def read_state(self) -> dict[str, Any]:
+        """What the last attach or apply left; empty when nothing is attached."""
+        try:
+            state: dict[str, Any] = json.loads(self.state_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return state
+
+    def lock(self) -> Lock:
+        return Lock(self)
+
+
+class Lock:
+    """Exclusive right to change the instance, for as long as the process holds it. Raises Busy, naming the owner."""
+
+    def __init__(self, instance: Instance) -> None:
+        instance.make_run()
+        path = instance.run / "lock"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(self._fd, 64, 0).decode() or "unknown"
+            os.close(self._fd)
+            raise Busy(f"instance {instance.name} is in use by process {owner}") from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def owner(instance: Instance) -> int:
+    """The process that holds the instance's lock, or 0."""
+    try:
+        with instance.lock():
+            return 0
+    except Busy:
+        text = (instance.run / "lock").read_text()
+        return int(text) if text.isdigit() else 0
