@@ -113,12 +113,11 @@ struct endpoint_value {
 _Static_assert(sizeof(struct endpoint_value) == 20, "endpoint_value");
 
 struct agent_state {
-	u64 heartbeat_ns;
 	u64 exempt_cgroup;
 	__be16 proxy_port;
 	u16 pad[3];
 };
-_Static_assert(sizeof(struct agent_state) == 24, "agent_state");
+_Static_assert(sizeof(struct agent_state) == 16, "agent_state");
 
 struct origin {
 	u64 netns;

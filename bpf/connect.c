@@ -105,13 +105,16 @@ static __always_inline u64 namespace_of(struct bpf_sock_addr *ctx)
 /* Whether a governed connection can go to the proxy now; if not, the reason why. */
 static __always_inline enum reason proxy_ready(struct bpf_sock_addr *ctx, const struct agent_state *state, bool ipv4)
 {
-	bool alive = bpf_ktime_get_ns() - state->heartbeat_ns < HEARTBEAT_MAX_NS;
+	int zero = 0;
+	u64 *beat = heartbeat.lookup(&zero);
+	/* Port 0: no agent has started, or it is draining and wants no more. */
+	bool alive = state->proxy_port && beat && bpf_ktime_get_ns() - *beat < HEARTBEAT_MAX_NS;
 
 #if !NETNS_COOKIES
 	if (bpf_get_netns_cookie(ctx) != bpf_get_netns_cookie(0))
 		return REASON_NETNS_UNSUPPORTED;
 #endif
-	if (proxy_listens(ctx, state, ipv4))
+	if (state->proxy_port && proxy_listens(ctx, state, ipv4))
 		return alive ? REASON_PROXY : REASON_PROXY_HUNG;
 	if (!alive)
 		return REASON_PROXY_ABSENT;

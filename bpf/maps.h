@@ -37,8 +37,10 @@ TABLE("hash", struct slot_key, struct slot_value, slots, SIZE_SLOTS, 0);
 TABLE("hash", u32, struct endpoint_value, endpoints, SIZE_ENDPOINTS, 0);
 /* service id -> round-robin position. Entries: loader; position: connect. */
 TABLE("hash", u32, u64, rounds, SIZE_POLICIES, 0);
-/* the one entry about the agent. Writers: loader, workers (heartbeat). */
+/* the one entry about the agent. Writer: loader. */
 TABLE("array", int, struct agent_state, agent, 1, 0);
+/* when a worker last lived, CLOCK_MONOTONIC in ns. Writers: workers. */
+TABLE("array", int, u64, heartbeat, 1, 0);
 /* per socket: what connect decided about it. Writer: connect. */
 TABLE("sk_storage", int, struct origin, origins, 0, BPF_F_NO_PREALLOC);
 /* client within a namespace -> what it dialled. Writer: sockops, and nobody else. Reader: workers. */

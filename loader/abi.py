@@ -92,9 +92,9 @@ class EndpointValue(ct.Structure):
 
 
 class AgentState(ct.Structure):
-    """The one entry of `agent`: written by the loader, `heartbeat_ns` (CLOCK_MONOTONIC) by the workers."""
+    """The one entry of `agent`: which cgroup is the agent's own, and where its proxy listens."""
 
-    _fields_ = [("heartbeat_ns", u64), ("exempt_cgroup", u64), ("proxy_port", be16), ("pad", u16 * 3)]
+    _fields_ = [("exempt_cgroup", u64), ("proxy_port", be16), ("pad", u16 * 3)]
 
 
 class Origin(ct.Structure):

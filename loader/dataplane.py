@@ -33,7 +33,8 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "slots": (8, 4, False),
     "endpoints": (4, 20, False),
     "rounds": (4, 8, False),
-    "agent": (4, 24, False),
+    "agent": (4, 16, False),
+    "heartbeat": (4, 8, False),
     "flows": (32, 40, False),
     "connections": (4, 32, True),
     "counters": (4, 8, True),
@@ -55,10 +56,11 @@ class Dataplane:
         self.instance = instance
         self.layout = layout
         self.sizes = sizes
+        self.maps_folder = instance.maps(layout)
         room = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
         self.maps: dict[str, libbpf.Map] = {}
         for name, (key, value, per_cpu) in SHAPES.items():
-            path = instance.maps(layout) / name
+            path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
         self._have: Tables | None = None
 
@@ -95,9 +97,13 @@ class Dataplane:
                 if int.from_bytes(key, "little") not in planned.service_ids:
                     self.maps[name].delete(key)
 
-    def set_agent(self, proxy_port: int, heartbeat_ns: int, exempt_cgroup: int) -> None:
-        value = abi.AgentState(heartbeat_ns, exempt_cgroup, proxy_port)
-        self.maps["agent"].update(bytes(4), bytes(value))
+    def set_agent(self, proxy_port: int, exempt_cgroup: int) -> None:
+        """Tell connect where the proxy listens and whose connections are our own (0: nobody's)."""
+        self.maps["agent"].update(bytes(4), bytes(abi.AgentState(exempt_cgroup, proxy_port)))
+
+    def beat(self, now_ns: int) -> None:
+        """A worker lives: CLOCK_MONOTONIC in nanoseconds."""
+        self.maps["heartbeat"].update(bytes(4), now_ns.to_bytes(8, "little"))
 
     # --- reading ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+"""The verbs: attach, run, exec, detach. Each does one thing to the machine and says what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loader import dataplane, environment
+from meshbpf import logs
+from meshbpf.cli import options
+from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
+from meshbpf.errors import EnvironmentLack, MeshError
+from meshbpf.runtime import cgroup, stop
+from meshbpf.runtime.agent import Options
+from meshbpf.runtime.sources import load
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(attach)
+    app.command()(run)
+    app.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(execute)
+    app.command()(detach)
+
+
+def attach(
+    cgroup: Cgroups,
+    config: Config = None,
+    instance: InstanceName = "default",
+    allow_root_cgroup: AllowRoot = False,
+) -> None:
+    """Compile, load, pin, attach and fill the tables, then exit: direct ports work with no process at all."""
+    environment.require_capabilities()
+    paths = options.cgroups(cgroup, allow_root_cgroup)
+    mesh = load(options.configuration(config))
+    target = dataplane.Instance(instance)
+    with target.lock():
+        dataplane.attach(target, paths, mesh)
+    governed = sum(1 for service, port, choice in mesh.choices() if choice.carrier != "direct")
+    ports = sum(len(service.ports) for service in mesh.services)
+    typer.echo(f"attached {instance} to {', '.join(map(str, paths))}: {len(mesh.services)} services, {ports} ports")
+    if governed:
+        typer.echo(f"{governed} ports are governed: they follow onProxyDown until `meshbpf run`")
+
+
+def run(
+    cgroup: Cgroups,
+    config: Config = None,
+    instance: InstanceName = "default",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, max=64, help="proxy processes (default: as configured)")] = None,
+    allow_root_cgroup: AllowRoot = False,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = "text",
+) -> None:
+    """Attach, then stay: registry, proxy, metrics. SIGTERM drains, SIGHUP re-reads."""
+    from meshbpf.runtime.main import serve
+
+    environment.require_capabilities()
+    logs.configure(log_level, log_format)
+    paths = options.cgroups(cgroup, allow_root_cgroup)
+    target = dataplane.Instance(instance)
+    asyncio.run(serve(Options(target, paths, workers, log_level, log_format), options.configuration(config)))
+
+
+def execute(
+    command: Annotated[list[str], typer.Argument(help="what to become")],
+    cgroup_: Annotated[Path | None, typer.Option("--cgroup", help="default: the first one that the instance leads")] = None,
+    instance: InstanceName = "default",
+) -> None:
+    """Join the cgroup (made when missing), then become CMD: how a program enters the mesh on a plain host."""
+    if cgroup_ is None:
+        named = dataplane.Instance(instance).read_state().get("cgroups")
+        if not named:
+            raise EnvironmentLack(f"instance {instance} is not attached", "meshbpf attach --cgroup PATH -c FILE, or name --cgroup")
+        target = Path(named[0])
+    else:
+        target = options.below_mount(cgroup_)
+    if target.resolve() == environment.cgroup2():
+        raise MeshError(f"{target} is the machine's root cgroup: joining it would leave the mesh")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        cgroup.join(target)
+    except PermissionError as error:
+        raise EnvironmentLack(f"may not join {target}", "run as root (sudo)") from error
+    except OSError as error:
+        raise MeshError(f"cannot join {target}: {error.strerror}") from error
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise MeshError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+def detach(instance: InstanceName = "default") -> None:
+    """Take everything of that instance away; exit 0 when nothing was there."""
+    environment.require_capabilities()
+    target = dataplane.Instance(instance)
+    removed = stop.stop_processes(target)
+    with target.lock():
+        removed += dataplane.detach(target)
+    if not any(not line.startswith("run directory") for line in removed):
+        typer.echo(f"nothing attached as {instance}")
+        return
+    for line in removed:
+        typer.echo(f"removed {line}")

@@ -1,0 +1,50 @@
+"""Options that several commands share, so that one thing has one name and one help text everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loader import environment
+from loader.instance import Instance
+from meshbpf.errors import EnvironmentLack
+
+Cgroups = Annotated[
+    list[Path],
+    typer.Option("--cgroup", help="cgroup2 directory to lead (repeatable); a relative one is below the cgroup2 mount"),
+]
+Config = Annotated[
+    list[Path] | None,
+    typer.Option("-c", "--config", help="configuration file or directory (repeatable); default /etc/meshbpf", envvar="MESHBPF_CONFIG"),
+]
+InstanceName = Annotated[str, typer.Option("--instance", help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE")]
+AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
+Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml")]
+LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error")]
+LogFormat = Annotated[str, typer.Option("--log-format", help="text or json")]
+
+DEFAULT_CONFIG = Path("/etc/meshbpf")
+
+
+def configuration(paths: list[Path] | None) -> list[Path]:
+    return paths or [DEFAULT_CONFIG]
+
+
+def below_mount(path: Path) -> Path:
+    """A relative cgroup is below the cgroup2 mount, wherever this machine has it."""
+    return path if path.is_absolute() else environment.cgroup2() / path
+
+
+def cgroups(paths: list[Path], allow_root: bool) -> tuple[Path, ...]:
+    """Checked cgroup directories, each once. Raises EnvironmentLack with the remedy."""
+    return tuple(dict.fromkeys(environment.check_cgroup(below_mount(path), allow_root) for path in paths))
+
+
+def attached(name: str) -> Instance:
+    """The instance, which must be attached (by anybody: reading needs no agent)."""
+    instance = Instance(name)
+    if not instance.pins.is_dir():
+        raise EnvironmentLack(f"instance {name} is not attached", "meshbpf attach --cgroup PATH -c FILE")
+    return instance

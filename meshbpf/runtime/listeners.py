@@ -1,0 +1,65 @@
+"""The proxy's listening sockets, one pair (127.0.0.1, [::1]) in every namespace served. Held by the agent, used by all
+workers, so that a killed worker takes no waiting connection with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass, field
+
+from loader import abi, dataplane
+from meshbpf.errors import Busy
+from meshbpf.runtime import netns
+
+log = logging.getLogger("listeners")
+BACKLOG = 4096
+
+
+@dataclass(slots=True)
+class Served:
+    """One namespace with our listeners in it. `cookie` is how the kernel programs name it."""
+
+    identity: tuple[int, int]
+    fd: int
+    cookie: int
+    sockets: list[socket.socket] = field(default_factory=list)
+    missed: int = 0  # scans in a row that found nobody in it
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        os.close(self.fd)
+
+
+def _listen(family: int, address: str, port: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # So that the connect hook knows this listener from a stranger's: above 6 it takes CAP_NET_ADMIN.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, abi.LISTENER_PRIORITY)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def serve(fd: int, port: int) -> Served:
+    """Open our listeners in the namespace `fd` (which becomes ours to close). Raises Busy when the port is taken."""
+    served = Served(netns.identity(fd), fd, 0)
+    try:
+        with netns.inside(fd):
+            served.sockets.append(_listen(socket.AF_INET, "127.0.0.1", port))
+            try:
+                served.sockets.append(_listen(socket.AF_INET6, "::1", port))
+            except OSError as error:
+                log.info("no IPv6 listener netns=%d error=%s", served.identity[1], error.strerror)
+            served.cookie = dataplane.netns_cookie(served.sockets[0])
+    except OSError as error:
+        served.close()
+        raise Busy(f"port {port} cannot be listened on in namespace {served.identity[1]}: {error.strerror}") from error
+    return served

@@ -1,0 +1,217 @@
+"""Starts workers, restarts a dead one, drains them, and adopts what an earlier agent left running.
+
+A worker's statistics outlive it: the last report of every incarnation is kept by `Telemetry` (telemetry.Totals).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from loader.instance import Instance
+from meshbpf.runtime.channel import Channel
+from meshbpf.runtime.listeners import Served
+from meshbpf.tasks import spawn
+
+log = logging.getLogger("supervisor")
+RESTART_SECONDS = (0.0, 0.1, 0.5, 1.0, 5.0)  # a worker that keeps dying is restarted ever more slowly
+HANDOVER_SECONDS = 2.0
+REPORTS = Callable[[str, Any], None]
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """One worker process as the agent sees it."""
+
+    number: int
+    process: asyncio.subprocess.Process
+    channel: Channel | None = None
+    generation: int = -1
+
+
+class Supervisor:
+    def __init__(self, instance: Instance, log_options: dict[str, str], report: REPORTS, changed: Callable[[], None]) -> None:
+        self._instance = instance
+        self._log_options = log_options
+        self._report = report
+        self._changed = changed
+        self._handles: dict[int, Handle] = {}
+        self._about: dict[str, Any] | None = None
+        self._served: dict[int, Served] = {}
+        self._deaths: dict[int, int] = {}
+        self._stopping = False
+        self.restarts = 0
+
+    @property
+    def ready(self) -> int:
+        """Workers that serve the newest mesh."""
+        wanted = self._about["mesh"]["generation"] if self._about else 0
+        return sum(1 for handle in self._handles.values() if handle.generation >= wanted)
+
+    @property
+    def pids(self) -> list[int]:
+        return [handle.process.pid for handle in self._handles.values()]
+
+    def use(self, about: dict[str, Any]) -> None:
+        """Every worker, also one started later, gets this mesh."""
+        self._about = about
+        for handle in self._handles.values():
+            if handle.channel is not None:
+                handle.channel.send({"type": "mesh"}, blob=about)
+
+    def listen(self, served: Served) -> None:
+        self._served[served.cookie] = served
+        for handle in self._handles.values():
+            self._send_listener(handle, served)
+
+    def unlisten(self, cookie: int) -> None:
+        self._served.pop(cookie, None)
+        for handle in self._handles.values():
+            if handle.channel is not None:
+                handle.channel.send({"type": "unlisten", "netns": cookie})
+
+    def reopen_logs(self) -> None:
+        for handle in self._handles.values():
+            if handle.channel is not None:
+                handle.channel.send({"type": "reopen"})
+
+    async def start(self, workers: int) -> None:
+        for number in range(workers):
+            await self._start(number)
+
+    async def _start(self, number: int) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "meshbpf.runtime.worker", self._instance.name, str(theirs.fileno()),
+            json.dumps(self._log_options),
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # a Ctrl-C is for the agent, which then drains us
+        )  # fmt: skip
+        theirs.close()
+        handle = Handle(number, process)
+        handle.channel = Channel(ours, lambda message, fds: self._receive(handle, message, fds), lambda: None)
+        self._handles[number] = handle
+        if self._about is not None:
+            handle.channel.send({"type": "mesh"}, blob=self._about)
+            for served in self._served.values():
+                self._send_listener(handle, served)
+        spawn(self._watch(handle), f"watch worker {number}")
+
+    def _send_listener(self, handle: Handle, served: Served) -> None:
+        if handle.channel is not None:
+            fds = [served.fd, *(sock.fileno() for sock in served.sockets)]
+            handle.channel.send({"type": "listen", "netns": served.cookie}, fds)
+
+    def _receive(self, handle: Handle, message: dict[str, Any], fds: list[int]) -> None:
+        kind = message["type"]
+        if kind == "using":
+            handle.generation = int(message["generation"])
+            self._deaths.pop(handle.number, None)
+            self._changed()
+        elif kind == "stats":
+            self._report(f"{handle.number}-{message['pid']}", message["blob"])
+        for fd in fds:
+            os.close(fd)
+
+    async def _watch(self, handle: Handle) -> None:
+        code = await handle.process.wait()
+        if handle.channel is not None:
+            handle.channel.close()
+        if self._handles.get(handle.number) is handle:
+            del self._handles[handle.number]
+        self._changed()
+        if self._stopping:
+            return
+        deaths = self._deaths.get(handle.number, 0)
+        self._deaths[handle.number] = deaths + 1
+        delay = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
+        self.restarts += 1
+        log.warning("worker died, restarting number=%d pid=%d code=%d delay=%.1fs", handle.number, handle.process.pid, code, delay)
+        await asyncio.sleep(delay)
+        if not self._stopping:
+            await self._start(handle.number)
+
+    async def drain(self, seconds: float) -> None:
+        """Ask every worker to finish; whoever has not after `seconds` and a little is killed."""
+        self._stopping = True
+        handles = list(self._handles.values())
+        for handle in handles:
+            if handle.channel is not None:
+                handle.channel.send({"type": "drain", "seconds": seconds})
+        if handles:
+            waiting = [asyncio.ensure_future(handle.process.wait()) for handle in handles]
+            _done, late = await asyncio.wait(waiting, timeout=seconds + 2.0)
+            for handle, task in zip(handles, waiting, strict=True):
+                if task in late:
+                    log.warning("worker killed after the drain pid=%d", handle.process.pid)
+                    handle.process.kill()
+                    await task
+
+
+# --- workers that outlived their agent -------------------------------------------------------------------------------
+
+
+def orphans(instance: Instance) -> Iterable[tuple[int, socket.socket]]:
+    """(pid, connected socket) of every worker of this instance that is not ours; dead ones' sockets are removed."""
+    for path in sorted(instance.run.glob("worker-*.sock")):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(str(path))
+        except OSError:
+            sock.close()
+            path.unlink(missing_ok=True)
+            continue
+        yield int(path.stem.split("-")[1]), sock
+
+
+class Orphan:
+    """A worker that an earlier agent left: gives its listeners, then drains."""
+
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        self.pid = pid
+        self.listeners: list[tuple[int, list[int]]] = []
+        self._handed = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._channel = Channel(sock, self._receive, self._closed)
+
+    def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
+        if message["type"] == "listener":
+            self.listeners.append((int(message["netns"]), fds))
+        else:
+            for fd in fds:
+                os.close(fd)
+            if message["type"] == "handed over":
+                self._handed.set()
+
+    def _closed(self) -> None:
+        self._handed.set()
+        self._gone.set()
+
+    async def hand_over(self) -> list[tuple[int, list[int]]]:
+        """(namespace, [its descriptor, listeners…]) for each namespace it serves."""
+        self._channel.send({"type": "handover"})
+        try:
+            await asyncio.wait_for(self._handed.wait(), HANDOVER_SECONDS)
+        except TimeoutError:
+            log.warning("an earlier worker does not answer pid=%d", self.pid)
+        return self.listeners
+
+    async def end(self, seconds: float) -> None:
+        """Drain it; kill it when it has not ended in time."""
+        self._channel.send({"type": "drain", "seconds": seconds})
+        try:
+            await asyncio.wait_for(self._gone.wait(), seconds + 2.0)
+        except TimeoutError:
+            log.warning("an earlier worker is killed after the drain pid=%d", self.pid)
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                log.info("it had just ended pid=%d", self.pid)

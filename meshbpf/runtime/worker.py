@@ -1,0 +1,214 @@
+"""One proxy worker: `python -m meshbpf.runtime.worker INSTANCE FD`. Joins the data path to the kernel's tables.
+
+It serves what the agent sends it (a mesh, listeners) and goes on serving the last of it when the agent is gone; the
+next agent finds it by its socket in the run directory and takes the listeners over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from loader import abi
+from loader.dataplane import Dataplane
+from loader.environment import cgroup2
+from loader.instance import Instance
+from meshbpf import logs, wire
+from meshbpf.model import Mesh
+from meshbpf.runtime import netns
+from meshbpf.runtime.channel import Channel
+from meshbpf.runtime.workload import Workloads
+from userspace_proxy.accesslog import AccessLog
+from userspace_proxy.origin import Origin
+from userspace_proxy.server import Proxy
+from userspace_proxy.stats import Stats
+
+log = logging.getLogger("worker")
+BEAT_SECONDS = 0.2  # five times within what the connect hook calls alive
+REPORT_SECONDS = 1.0  # how much of the metrics a SIGKILL may cost
+
+
+class Worker:
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._loop = asyncio.get_running_loop()
+        self._channel: Channel | None = None
+        self._dataplane: Dataplane | None = None
+        self._proxy: Proxy | None = None
+        self._access_log: AccessLog | None = None
+        self._stats = Stats()
+        self._workloads = Workloads(cgroup2(), ())
+        self._namespaces: dict[int, int] = {}  # cookie → descriptor of the namespace
+        self._listeners: dict[int, list[socket.socket]] = {}
+        self._cookie = 0
+        self._done = asyncio.Event()
+        self._draining = False
+
+    async def run(self, first: socket.socket) -> None:
+        """Serve until drained. `first` is our end of the agent's channel."""
+        path = self._instance.run / f"worker-{os.getpid()}.sock"
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        door.bind(str(path))
+        path.chmod(0o600)
+        door.listen(4)
+        door.setblocking(False)
+        self._loop.add_reader(door.fileno(), self._take_agent, door)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, lambda: None)  # the agent decides: a drain comes by the channel
+        self._channel = Channel(first, self._receive, self._agent_gone)
+        self._channel.send({"type": "hello", "pid": os.getpid()})
+        await self._done.wait()
+        self._loop.remove_reader(door.fileno())
+        door.close()
+        path.unlink(missing_ok=True)
+        self._report()
+        if self._access_log is not None:
+            self._access_log.flush()
+
+    def _take_agent(self, door: socket.socket) -> None:
+        """A new agent knocks: it is the one we talk to from now on."""
+        with contextlib.suppress(BlockingIOError):
+            sock, _address = door.accept()
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = Channel(sock, self._receive, self._agent_gone)
+            self._channel.send({"type": "hello", "pid": os.getpid()})
+
+    def _agent_gone(self) -> None:
+        self._channel = None
+        log.info("the agent is gone: serving the last mesh pid=%d", os.getpid())
+
+    def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
+        kind = message["type"]
+        if kind == "mesh":
+            self._use(wire.decode(Mesh, message["blob"]["mesh"]), message["blob"])
+        elif kind == "listen":
+            self._listen(int(message["netns"]), fds)
+        elif kind == "unlisten":
+            self._unlisten(int(message["netns"]))
+        elif kind == "handover":
+            self._hand_over()
+        elif kind == "drain":
+            self._drain(float(message["seconds"]))
+        elif kind == "reopen" and self._access_log is not None:
+            self._access_log.reopen()
+
+    def _use(self, mesh: Mesh, about: dict[str, Any]) -> None:
+        if self._dataplane is None:
+            self._dataplane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
+            self._workloads = Workloads(cgroup2(), [Path(path) for path in about["cgroups"]])
+            self._cookie = int(about["cookie"])
+            self._access_log = AccessLog(mesh, loop=self._loop)
+            self._proxy = Proxy(
+                lookup=self._origin,
+                sink=self._sink,
+                make_socket=self._make_socket,
+                stats=self._stats,
+                accelerator=None,
+            )
+            self._beat()
+            self._report_later()
+        assert self._proxy is not None and self._access_log is not None
+        self._access_log.use(mesh)
+        self._stats.use(mesh)
+        self._proxy.use(mesh)
+        if self._channel is not None:
+            self._channel.send({"type": "using", "generation": mesh.generation})
+
+    def _sink(self, record: Any) -> None:
+        self._stats.record(record)
+        assert self._access_log is not None
+        self._access_log.write(record)
+
+    def _origin(self, cookie: int, address: str, port: int) -> Origin | None:
+        assert self._dataplane is not None
+        flow = self._dataplane.origin(cookie, address, port)
+        if flow is None:
+            return None
+        return Origin(abi.unpack_address(flow.asked), flow.asked_port, self._workloads(flow.cgroup), cookie)
+
+    def _make_socket(self, cookie: int, family: int) -> socket.socket:
+        """A socket in the caller's namespace, so that addresses and network policies stay the caller's."""
+        if cookie == self._cookie:
+            return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        with netns.inside(self._namespaces[cookie]):
+            return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+    def _listen(self, cookie: int, fds: list[int]) -> None:
+        namespace, *listeners = fds
+        self._unlisten(cookie)
+        self._namespaces[cookie] = namespace
+        self._listeners[cookie] = [socket.socket(fileno=fd) for fd in listeners]
+        assert self._proxy is not None
+        for sock in self._listeners[cookie]:
+            self._proxy.listen(cookie, sock)
+        if self._channel is not None:
+            self._channel.send({"type": "listening", "netns": cookie})
+
+    def _unlisten(self, cookie: int) -> None:
+        if cookie in self._listeners:
+            assert self._proxy is not None
+            self._proxy.unlisten(cookie)
+            for sock in self._listeners.pop(cookie):
+                sock.close()
+            os.close(self._namespaces.pop(cookie))
+
+    def _hand_over(self) -> None:
+        """Give the listeners to the agent that asks, one message per namespace, then say that is all."""
+        assert self._channel is not None
+        for cookie, sockets in self._listeners.items():
+            fds = [self._namespaces[cookie], *(sock.fileno() for sock in sockets)]
+            self._channel.send({"type": "listener", "netns": cookie}, fds)
+        self._channel.send({"type": "handed over"})
+
+    def _drain(self, seconds: float) -> None:
+        if self._draining:
+            return
+        self._draining = True
+        for cookie in list(self._listeners):
+            if self._proxy is not None:
+                self._proxy.unlisten(cookie)
+        task = asyncio.ensure_future(self._proxy.drain(seconds) if self._proxy else asyncio.sleep(0))
+        task.add_done_callback(lambda _task: self._done.set())
+
+    def _beat(self) -> None:
+        """Say that the loop turns. A worker that drains no longer vouches for new connections."""
+        if not self._draining and self._dataplane is not None:
+            self._dataplane.beat(time.monotonic_ns())
+            self._loop.call_later(BEAT_SECONDS, self._beat)
+
+    def _report(self) -> None:
+        if self._channel is not None:
+            self._channel.send({"type": "stats", "pid": os.getpid()}, blob=self._stats.snapshot())
+
+    def _report_later(self) -> None:
+        self._report()
+        self._loop.call_later(REPORT_SECONDS, self._report_later)
+
+
+def main() -> None:
+    name, fd, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    logs.configure(options["log_level"], options["log_format"])
+    first = socket.socket(fileno=fd)
+    netns.Own.fd()
+
+    async def serve() -> None:
+        await Worker(Instance(name)).run(first)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())
+
+
+if __name__ == "__main__":
+    main()
