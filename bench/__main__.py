@@ -81,7 +81,9 @@ def alone() -> Iterator[None]:
 @contextlib.contextmanager
 def place() -> Iterator[Path]:
     """The run directory, in tmpfs: written back to a disk, one subject's log would be paid for in another's cell."""
-    parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    parent = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
+    for left in Path(parent).glob("meshbpf-bench-*"):  # of a killed predecessor: we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="meshbpf-bench-", dir=parent) as name:
         yield Path(name)
 

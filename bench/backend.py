@@ -1,7 +1,8 @@
 """The backend every subject is measured against: one nginx worker, two endpoints, two bodies, nothing else.
 
 Two listening ports of the same worker, so that a balancer has a choice to make and the work behind stays the same.
-nginx because it costs about 5 us per request: less than any subject, so that it hides none of them.
+nginx because it costs about 5 us per request: less than any subject, so that it hides none of them. One process without
+a master, because a master killed with the bench would leave its worker behind.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SMALL = 1024
 LARGE = 1 << 20
 
 CONFIG = """\
-daemon off; worker_processes 1; pid {run}/nginx.pid; error_log {run}/nginx.log warn; user root;
+daemon off; master_process off; pid {run}/nginx.pid; error_log {run}/nginx.log warn; user root;
 events {{ worker_connections 8192; }}
 http {{
   access_log off;             # the subjects log; the backend would only add the same to all
