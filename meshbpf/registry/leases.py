@@ -42,6 +42,11 @@ class Put:
     changed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NoRoom(Refusal):
+    """The instance is fine, the registry is full: trying again later may help."""
+
+
 def remaining_after_restart(instance: Instance, deadline: float, wall: float) -> float:
     """How long a stored lease runs on when the registry starts at `wall`: at most its TTL, at least a grace.
 
@@ -87,14 +92,14 @@ class Leases:
         """0 for a service never seen."""
         return self._generations.get(service, self._gone.get(service, 0))
 
-    def put(self, instance: Instance, now: float) -> Put | Refusal:
-        """Register or renew. The Refusal is about room, not about the instance."""
+    def put(self, instance: Instance, now: float) -> Put | NoRoom:
+        """Register or renew."""
         old = self._leases.get(instance.key)
         if old is None:
             if len(self._services.get(instance.service, ())) >= MAX_PER_SERVICE:
-                return Refusal("service", f"already has {MAX_PER_SERVICE} instances")
+                return NoRoom("service", f"already has {MAX_PER_SERVICE} instances")
             if len(self._leases) >= MAX_TOTAL:
-                return Refusal("service", f"the registry already holds {MAX_TOTAL} instances")
+                return NoRoom("service", f"the registry already holds {MAX_TOTAL} instances")
         changed = old is None or old.instance != instance
         lease = self._set(instance, now + instance.ttl, old)
         if changed:

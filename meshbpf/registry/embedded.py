@@ -1,0 +1,167 @@
+"""The embedded registry as a source of services: what its instances say, as whole snapshots; and its TCP listener.
+
+How instances become a service: each port name that an instance has is a port of the service, at the instance's
+`servicePort`. Where instances contradict each other the oldest is right, so that a newcomer cannot move a port under
+its callers. Addresses are left out: the runtime gives them from the pool (`registrar.store.addresses`).
+
+The listener accepts writes over TCP, so off loopback it needs a token. `listen: ""` means no listener; the agent's unix
+socket has the same routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from aiohttp import web
+
+from meshbpf.errors import Busy, ConfigError, MeshError
+from meshbpf.model import EmbeddedRegistry, Endpoint, Port, Protocol, Service
+from meshbpf.registry import api
+from meshbpf.registry.base import Snapshot
+from meshbpf.registry.instance import Rules
+from meshbpf.registry.leases import Leases
+from meshbpf.registry.registrar import Registrar
+from meshbpf.registry.store import Store
+
+COALESCE = 0.02  # seconds: a deployment registers many instances at once, and each snapshot is compared as a whole
+SOURCE = "registry"
+
+
+def services_of(leases: Leases) -> tuple[Service, ...]:
+    """Every service that has instances, sorted by (namespace, name); endpoints sorted by instance id."""
+    services: list[Service] = []
+    for name, namespace in leases.services():
+        ports: dict[str, Port] = {}
+        taken: set[tuple[int, bool]] = set()
+        instances = [lease.instance for lease in leases.of((name, namespace))]  # oldest first
+        for instance in instances:
+            for port_name, port in instance.ports.items():
+                number = (port.service_port, port.protocol is Protocol.UDP)
+                if port_name not in ports and number not in taken:
+                    ports[port_name] = Port(port_name, port.service_port, port.protocol)
+                    taken.add(number)
+        endpoints = tuple(
+            Endpoint(
+                address=instance.address,
+                ports=MappingProxyType({port_name: port.port for port_name, port in instance.ports.items()}),
+                weight=instance.weight,
+                zone=instance.zone,
+                labels=instance.labels,
+                source=SOURCE,
+            )
+            for instance in sorted(instances, key=lambda instance: instance.id)
+        )
+        in_order = tuple(sorted(ports.values(), key=lambda port: (port.port, port.name)))
+        services.append(Service(name, namespace, ports=in_order, endpoints=endpoints, source=SOURCE))
+    return tuple(services)
+
+
+class EmbeddedSource:
+    """`registrar` is for the unix socket's routes and the address pool; `start` may be called before `watch`."""
+
+    name = SOURCE
+
+    def __init__(self, settings: EmbeddedRegistry, rules: Rules = Rules()) -> None:  # noqa: B008  frozen
+        self.settings = settings
+        # Whoever writes through the unix socket may always use loopback addresses.
+        rules = replace(rules, allow_loopback=settings.allow_loopback)
+        self.registrar = Registrar(Store(settings.store), rules)
+        self.address: tuple[str, int] | None = None  # where it listens, port 0 resolved
+        self._runner: web.AppRunner | None = None
+        self._starting = asyncio.Lock()
+        self._started = False
+
+    async def start(self) -> None:
+        """Open the store, then listen. Raises Busy for a taken port, ConfigError for a listener that needs a token."""
+        async with self._starting:
+            if self._started:
+                return
+            listener = _listener(self.settings)
+            await self.registrar.start()
+            self._started = True
+            if listener is None:
+                return
+            host, port, token = listener
+            app = api.application(self.registrar, host, token)
+            # Cancelled handlers: a reader who hung up must not keep its place among the waiters.
+            runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+            await runner.setup()
+            self._runner = runner
+            try:
+                await web.TCPSite(runner, host, port).start()
+            except OSError as error:
+                await self._stop()
+                where = f"registry: cannot listen on {self.settings.listen}"
+                if error.errno == errno.EADDRINUSE:
+                    raise Busy(f"{where}: the port is taken") from error
+                raise MeshError(f"{where}: {error.strerror or error}") from error
+            bound = runner.addresses[0]
+            self.address = (bound[0], bound[1])
+
+    async def close(self) -> None:
+        async with self._starting:
+            await self._stop()
+
+    async def _stop(self) -> None:
+        if not self._started:
+            return
+        self._started = False
+        # Nobody new, then the registrar, which lets the waiting readers go, then the connections they had.
+        for site in list(self._runner.sites) if self._runner is not None else ():
+            await site.stop()
+        await self.registrar.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def watch(self) -> AsyncIterator[Snapshot]:
+        await self.start()
+        news = self.registrar.news
+        try:
+            while True:
+                news.clear()
+                services = services_of(self.registrar.leases)
+                yield Snapshot(services, error=self.registrar.problem, source=self.name)
+                await news.wait()
+                await asyncio.sleep(COALESCE)
+        finally:
+            await self.close()
+
+
+def _listener(settings: EmbeddedRegistry) -> tuple[str, int, str] | None:
+    """Host, port and token; None for no listener."""
+    if not settings.listen:
+        return None
+    host, _, port = settings.listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError("Agent.spec.registries.embedded.listen", f'"{settings.listen}" is not HOST:PORT')
+    token = _token(settings.token_file) if settings.token_file else ""
+    if not token and not _is_loopback(host):
+        raise ConfigError(
+            "Agent.spec.registries.embedded.tokenFile", f"is needed to listen on {host}, which others can reach"
+        )
+    return host, int(port), token
+
+
+def _token(path: str) -> str:
+    try:
+        token = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("Agent.spec.registries.embedded.tokenFile", f"{path}: {error}") from error
+    if not token:
+        raise ConfigError("Agent.spec.registries.embedded.tokenFile", f"{path} is empty")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
