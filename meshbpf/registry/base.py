@@ -2,7 +2,7 @@
 
 Rules for an adapter:
 - each value of `watch()` is everything that source knows now; whoever consumes it compares, an adapter need not;
-- a source in trouble never ends and never yields less than it knew: it yields its last good snapshot again, with `error`;
+- a source in trouble neither ends nor yields less than it knew: it yields its last good snapshot again, with `error`;
 - the order of services and endpoints does not depend on time, so that equal knowledge gives equal snapshots.
 """
 

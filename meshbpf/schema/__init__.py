@@ -1,0 +1,98 @@
+"""Configuration text to model values, or all of its faults as `file:line:column: message`. The contract is INTERFACE's
+"Configuration".
+
+Rules: nothing is ignored (unknown and not-yet-enforced fields are refused), `parse` is pure, and every default comes
+from the model. One module per kind, `checks` compares documents, `later` lists what is refused, `files` reads paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from meshbpf import yamlpos
+from meshbpf.model import Agent, Service, ServicePolicy
+from meshbpf.schema import agent, checks, later, policy, service
+from meshbpf.schema.fields import Fields, meant, shown
+from meshbpf.schema.report import ConfigErrors, Report
+
+__all__ = ["API_VERSION", "ConfigErrors", "Parsed", "parse"]
+
+API_VERSION = "meshbpf.io/v1"
+_KINDS = ("Agent", "Service", "ServicePolicy")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What the files say: services by (namespace, name), addresses only where they name some; no Agent is None."""
+
+    agent: Agent | None = None
+    services: tuple[Service, ...] = ()
+    policies: tuple[ServicePolicy, ...] = ()
+
+
+@dataclass(slots=True)
+class _Found:
+    agents: list[agent.AgentDocument] = field(default_factory=list)
+    services: list[service.ServiceDocument] = field(default_factory=list)
+    policies: list[policy.PolicyDocument] = field(default_factory=list)
+    complete: bool = True  # no service can have gone unseen
+
+
+def parse(texts: Sequence[tuple[str, str]]) -> Parsed:
+    """All documents of all (file, text) pairs. Raises `ConfigErrors` with every fault, in the order of the files."""
+    report = Report([file for file, _ in texts])
+    found = _Found()
+    for file, text in texts:
+        content = yamlpos.read(file, text)
+        for fault in content.faults:
+            report.add(fault.at, fault.message)
+            found.complete = False
+        for document in content.documents:
+            if document.value is not None:
+                _document(document, report, found)
+    checks.check(found.agents, found.services, found.policies, report, complete=found.complete)
+    report.raise_any()
+    return Parsed(
+        agent=found.agents[0].agent if found.agents else None,
+        services=tuple(
+            sorted((item.service for item in found.services), key=lambda item: (item.namespace, item.name)),
+        ),
+        policies=tuple(
+            sorted((item.policy for item in found.policies), key=lambda item: (item.namespace, item.service)),
+        ),
+    )
+
+
+def _document(document: yamlpos.Document, report: Report, found: _Found) -> None:
+    if not isinstance(document.value, yamlpos.Map):
+        report.add(document.at, f"a document must be a mapping with apiVersion and kind, got {shown(document.value)}")
+        found.complete = False
+        return
+    kind = document.value.get("kind")
+    fields = Fields(kind if isinstance(kind, str) else "", "", document.value, document.at, report)
+    if not fields.required("kind", f"one of {', '.join(_KINDS)}"):
+        found.complete = False
+        return
+    if isinstance(kind, str) and kind in later.KINDS:
+        report.add(fields.where("kind"), later.refusal(later.KINDS[kind], "remove this document"))
+        return
+    if kind not in _KINDS:
+        hint = f": {meant(kind, _KINDS)}" if isinstance(kind, str) else ""
+        report.add(fields.where("kind"), f"unknown kind {shown(kind)}{hint}")
+        found.complete = False
+        return
+    if fields.required("apiVersion", API_VERSION) and fields.value("apiVersion") != API_VERSION:
+        fields.wrong("apiVersion", API_VERSION)
+    match kind:
+        case "Agent":
+            found.agents.append(agent.read(fields, document.at))
+        case "Service":
+            read = service.read(fields)
+            if read.service.name:
+                found.services.append(read)
+            else:
+                found.complete = False
+        case "ServicePolicy":
+            found.policies.append(policy.read(fields))
+    fields.done()

@@ -1,0 +1,101 @@
+"""Which addresses a mesh may use, and which are our own. Pure; the files' checks, the merge and the registry ask here.
+
+Rules: an endpoint or service is never link-local, metadata, multicast or unspecified; an endpoint is never one of our
+own ports (the mesh would call itself); addresses are compared in their canonical text.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from meshbpf.model import Agent, Protocol
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# Every instance of meshbpf on this machine may use these on loopback: proxy outbound, inbound, registry, admin.
+OWN_PORTS = frozenset({15001, 15006, 15010, 15020})
+
+# Cloud metadata and platform services outside of link-local: AWS (IPv6), GCP (IPv6), Alibaba, Oracle, Azure.
+_METADATA = frozenset({"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"})
+
+
+def canonical(text: str) -> str:
+    """The one spelling of an IP address. ValueError says what is wrong, to follow "must be"."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError("an IPv4 or IPv6 address (names are not resolved)") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError("an address without zone")
+        if address.ipv4_mapped is not None:
+            raise ValueError(f"written as IPv4: {address.ipv4_mapped}")
+    return str(address)
+
+
+def unusable(address: str) -> str:
+    """Why no service and no endpoint may have this canonical address; empty when it may."""
+    ip = ipaddress.ip_address(address)
+    if address in _METADATA or address == "169.254.169.254":
+        return "a metadata address of the platform"
+    if ip.is_unspecified or (ip.version == 4 and ip in ipaddress.ip_network("0.0.0.0/8")):
+        return "an unspecified address"
+    if ip.is_link_local:
+        return "a link-local address"
+    if ip.is_multicast:
+        return "a multicast address"
+    if address == "255.255.255.255":
+        return "the broadcast address"
+    return ""
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def split(listen: str) -> tuple[str, int]:
+    """`host:port` or `[host]:port` with a canonical host. ValueError says what is wrong, to follow "must be"."""
+    host, colon, port = listen.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("ADDRESS:PORT with an IPv6 address in brackets")
+    if not colon or not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
+        raise ValueError("ADDRESS:PORT, for example 127.0.0.1:15020 (0.0.0.0 for every address)")
+    return canonical(host), int(port)
+
+
+def joined(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def layer4(protocol: Protocol) -> str:
+    """Ports of TCP and UDP are counted apart."""
+    return "udp" if protocol is Protocol.UDP else "tcp"
+
+
+def listeners(agent: Agent) -> Iterator[tuple[str, str, int]]:
+    """(field, address, port) of everything the agent listens on."""
+    yield "proxy.listen", *split(agent.proxy.listen)
+    yield "admin.listen", *split(agent.admin.listen)
+    for registry in agent.registries:
+        yield "registries.embedded.listen", *split(registry.listen)
+
+
+def our_listener(address: str, port: int, agent: Agent) -> str:
+    """Which of our listeners answers at this address and port; empty when none."""
+    for field, host, own in listeners(agent):
+        # The proxy answers on both loopback addresses, a listener on every address on all of loopback.
+        everywhere = ipaddress.ip_address(host).is_unspecified and is_loopback(address)
+        proxy = field == "proxy.listen" and address in ("127.0.0.1", "::1")
+        if own == port and (host == address or everywhere or proxy):
+            return f"Agent.spec.{field}"
+    return "a port of meshbpf" if address in ("127.0.0.1", "::1") and port in OWN_PORTS else ""
+
+
+def our_port(address: str, port: int, agent: Agent) -> str:
+    """As `our_listener`, for an endpoint: our port numbers are refused on all of loopback, whoever listens there."""
+    if (field := our_listener(address, port, agent)) != "":
+        return field
+    return "a port of meshbpf" if is_loopback(address) and port in OWN_PORTS else ""

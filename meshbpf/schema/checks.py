@@ -1,0 +1,121 @@
+"""What makes sense only across documents: names, addresses and ports that collide, policies without a service.
+
+Each fault stands at the later of the two places and names the earlier one, with what to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meshbpf.model import Agent, Mode, Protocol
+from meshbpf.schema import addresses
+from meshbpf.schema.agent import AgentDocument
+from meshbpf.schema.fields import meant
+from meshbpf.schema.policy import PolicyDocument
+from meshbpf.schema.report import Report
+from meshbpf.schema.service import ServiceDocument
+
+ServicePlaces = dict[tuple[str, str, int], ServiceDocument]
+
+
+def check(
+    agents: Sequence[AgentDocument],
+    services: Sequence[ServiceDocument],
+    policies: Sequence[PolicyDocument],
+    report: Report,
+    *,
+    complete: bool,
+) -> None:
+    """`complete` says that no service can have gone unseen (in a text that does not parse, or without a name)."""
+    for second in agents[1:]:
+        report.add(second.at, f"a second Agent: at most one is allowed, the first is at {agents[0].at}")
+    agent = agents[0].agent if agents else Agent()
+    known = _names(services, report)
+    taken = _addresses(services, agent, report)
+    _endpoints(services, agent, taken, report)
+    _policies(policies, known, report, complete=complete and not any(document.registry for document in agents))
+
+
+def _names(services: Sequence[ServiceDocument], report: Report) -> dict[tuple[str, str], ServiceDocument]:
+    known: dict[tuple[str, str], ServiceDocument] = {}
+    for document in services:
+        if (first := known.setdefault(document.service.id, document)) is not document:
+            report.add(
+                document.at, f"service {document.service.label} is defined twice, first at {first.at}: remove one"
+            )
+    return known
+
+
+def _addresses(services: Sequence[ServiceDocument], agent: Agent, report: Report) -> ServicePlaces:
+    """Who owns each (address, tcp or udp, port); two services may share an address when their ports differ."""
+    taken: ServicePlaces = {}
+    for document in services:
+        service = document.service
+        for address, at in zip(service.addresses, document.addresses_at, strict=True):
+            for port in service.ports:
+                place = addresses.joined(address, port.port)
+                if ours := addresses.our_listener(address, port.port, agent):
+                    report.add(at, f"{place} of service {service.label} is {ours}: use another address or port")
+                    continue
+                owner = taken.setdefault((address, addresses.layer4(port.protocol), port.port), document)
+                if owner.service.id != service.id:
+                    other = f"is also service {owner.service.label} at {owner.at}"
+                    report.add(at, f"{place} of service {service.label} {other}: change the address or the port")
+    return taken
+
+
+def _endpoints(services: Sequence[ServiceDocument], agent: Agent, taken: ServicePlaces, report: Report) -> None:
+    for document in services:
+        protocols = {port.name: port.protocol for port in document.service.ports}
+        for endpoint, places in ((item.endpoint, item.ports_at) for item in document.endpoints):
+            for name, number in endpoint.ports.items():
+                place = addresses.joined(endpoint.address, number)
+                if ours := addresses.our_port(endpoint.address, number, agent):
+                    report.add(places[name], f"endpoint {place} is {ours}: an endpoint must be a server of yours")
+                layer4 = addresses.layer4(protocols.get(name, Protocol.TCP))
+                if (owner := taken.get((endpoint.address, layer4, number))) is not None:
+                    loop = f"endpoint {place} is the address of service {owner.service.label} ({owner.at})"
+                    report.add(places[name], f"{loop}: name the servers behind it instead")
+
+
+def _policies(
+    policies: Sequence[PolicyDocument],
+    known: dict[tuple[str, str], ServiceDocument],
+    report: Report,
+    *,
+    complete: bool,
+) -> None:
+    names: dict[tuple[str, str], PolicyDocument] = {}
+    governed: dict[tuple[str, str], PolicyDocument] = {}
+    for document in policies:
+        policy = document.policy
+        if not policy.service:
+            continue
+        first = governed.setdefault(policy.service_id, document)
+        if first is not document:
+            report.add(
+                document.service_at,
+                f"service {policy.service} has two policies, the first at {first.at}: join them in one",
+            )
+        elif (named := names.setdefault((policy.name, policy.namespace), document)) is not document:
+            report.add(document.at, f"policy {policy.name} is defined twice, first at {named.at}: rename one")
+        service = known.get(policy.service_id)
+        if service is None:
+            if complete:
+                hint = _near(policy.service, policy.namespace, known)
+                report.add(document.service_at, f"no service {policy.service} in namespace {policy.namespace}: {hint}")
+        elif policy.mode is Mode.PROXY and any(port.protocol is Protocol.UDP for port in service.service.ports):
+            message = (
+                f"service {policy.service} has a udp port, which the proxy does not carry: use mode auto or direct"
+            )
+            report.add(document.mode_at, message)
+
+
+def _near(name: str, namespace: str, known: dict[tuple[str, str], ServiceDocument]) -> str:
+    elsewhere = sorted(space for other, space in known if other == name)
+    if elsewhere:
+        return f"it is in namespace {elsewhere[0]}: set metadata.namespace of the policy"
+    here = sorted(other for other, space in known if space == namespace)
+    if (hint := meant(name, here)).startswith("did you mean"):
+        return hint
+    return "define it, or configure a registry that knows it"
