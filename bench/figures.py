@@ -16,6 +16,8 @@ from bench.stats import Estimate, estimate, holds, ratios
 WIDEST = 0.05  # an interval wider than this has not answered the question: the row gets more rounds
 ERRORS_ALLOWED = 0.001  # of all requests; a refusal is cheaper than an answer, so more of them would flatter
 
+LOGGING = frozenset({"proxy", "proxy-off", "envoy"})  # equal features: these must have written their access log
+
 Cell = Mapping[str, Any]  # one measurement of one subject, as written to the raw file
 Round = Mapping[str, Cell]  # subject name -> its cell
 
@@ -112,6 +114,12 @@ def error_share(figure: Figure, rounds: Sequence[Round]) -> float:
     return worst
 
 
+def silent(figure: Figure, rounds: Sequence[Round]) -> list[str]:
+    """The sides that should have written an access log and did not: what they saved was not carrying requests."""
+    names = sorted(LOGGING & {figure.subject, figure.base or ""})
+    return [name for name in names if not any(cells[name].get("log_bytes") for cells in paired(rounds, figure))]
+
+
 def judge(figure: Figure, rounds: Sequence[Round], missing: Mapping[str, str]) -> Verdict:
     """A figure that was not measured does not hold: silence is no proof, and neither are the rounds before a crash."""
     result = result_of(figure, rounds)
@@ -122,6 +130,8 @@ def judge(figure: Figure, rounds: Sequence[Round], missing: Mapping[str, str]) -
     share = error_share(figure, rounds)
     if share > ERRORS_ALLOWED:
         return Verdict(figure, result, False, f"{share:.2%} of the requests failed")
+    if quiet := silent(figure, rounds):
+        return Verdict(figure, result, False, f"no access log from {', '.join(quiet)}")
     return Verdict(figure, result, holds(result, figure.bound, figure.at_most, figure.strict))
 
 

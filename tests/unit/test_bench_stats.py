@@ -143,6 +143,15 @@ def test_judge_fails_fast_refusals() -> None:
     assert judge(LOOSE, rounds([0.5] * 5, [1.0] * 5, errors=1), {}).holds  # 0.1 % is allowed
 
 
+def test_judge_fails_a_proxy_that_saved_its_access_log() -> None:
+    figure = Figure("log", "keepalive", "cpu_us", "proxy", "envoy", 0.7, at_most=True)
+    cell = {"cpu_us": 10.0, "requests": 1000, "errors": 0}
+    logged = {"proxy": {**cell, "log_bytes": 150.0}, "envoy": {**cell, "cpu_us": 30.0, "log_bytes": 150.0}}
+    assert judge(figure, [logged] * 3, {}).holds
+    verdict = judge(figure, [{**logged, "proxy": {**cell, "log_bytes": 0.0}}] * 3, {})
+    assert (verdict.holds, verdict.why) == (False, "no access log from proxy")
+
+
 def test_only_rounds_with_both_sides_count() -> None:
     mixed = [*rounds([1.0] * 3, [1.0] * 3), {"none": {"cpu_us": 9.0, "requests": 1, "errors": 0}}]
     result = figures.result_of(LOOSE, mixed)
