@@ -54,7 +54,7 @@ class NoMesh:
 
 # Access log and metrics are on, the log in Envoy's text line so that both write the same bytes. The embedded registry
 # has a port and a store of its own, because several instances run side by side here. `refuse`, because a proxy that is
-down must show as errors and not as the speed of a call without one.
+# down must show as errors and not as the speed of a call without one.
 CONFIG = """\
 apiVersion: meshbpf.io/v1
 kind: Agent

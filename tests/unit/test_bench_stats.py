@@ -11,6 +11,7 @@ import pytest
 # `bench` is a tool of the repository, not an installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench import __main__ as command
 from bench import figures, openloop, report
 from bench.envoy import config
 from bench.figures import FIGURES, ROWS, Figure, judge, too_wide
@@ -183,6 +184,15 @@ def test_every_figure_names_a_row_that_measures_its_subjects() -> None:
     for figure in FIGURES:
         if figure.base is not None:
             assert {figure.subject, figure.base} <= set(rows[figure.row].subjects), figure.name
+
+
+def test_the_command_knows_every_subject_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setenv("QUICK", "1")
+    args = command.options()
+    assert args.quick
+    assert args.subjects.split(",") == list(figures.ALL)
+    assert {figure.row for figure in FIGURES} <= set(args.rows.split(","))
 
 
 # --- what the reader sees
