@@ -58,6 +58,9 @@ COUNTERS = len(Program) * REASON_STRIDE  # index: Program * REASON_STRIDE + Reas
 HEARTBEAT_MAX_NS = 1_000_000_000
 LISTENER_PRIORITY = 0x6D62  # SO_PRIORITY above 6 needs CAP_NET_ADMIN: nobody else can pose as the proxy's listener
 CREDIT_BYTES = 1 << 20  # promise 4
+PUBLISH_BYTES = 1 << 14  # how far a member's own count of redirected bytes may run ahead of the one its peer sees
+PROVEN = 1 << 32  # marks a proof: sequence numbers are 32 bits, and 0 is one of them
+COMMAND_OFFSET = 16  # behind the Ethernet header that a test run wants, aligned
 EVENTS_BYTES = 1 << 18
 PICK_TRIES = 4
 
@@ -148,28 +151,46 @@ class Event(ct.Structure):
     _fields_ = [("netns", u64), ("pid", u32), ("reason", u32)]
 
 
-class MemberKey(ct.Structure):
-    """A socket in the redirect table: its own tuple within its namespace."""
+class Side(IntEnum):
+    """Which end of a pair a member is."""
 
-    _fields_ = [("netns", u64), ("local", Address), ("remote", Address), ("local_port", u16), ("remote_port", u16), ("pad", u32)]
+    APPLICATION = 0
+    PROXY = 1
+
+
+class MemberKey(ct.Structure):
+    """A socket in the redirect table: the pair it belongs to, and which end it is.
+
+    Not its tuple: a pair's number is drawn once per connection and never comes back, so neither a reused port nor the
+    same loopback tuple in another namespace can ever be given another connection's bytes.
+    """
+
+    _fields_ = [("pair", u64), ("side", u32), ("pad", u32)]
 
 
 class Member(ct.Structure):
-    """Per-socket storage of a redirect-table member; `bound` is flipped off before anything is deleted.
+    """Per-socket storage of a member. `sent` counts what it redirected; only its own sends write it."""
 
-    `proven_seq` is the peer's copied_seq when the pair was bound: the owner may redirect only while its own write_seq
-    still equals it, that is, while every TCP byte it ever sent has been read and none has moved since (promise 3).
-    `sent` counts redirected bytes, `credit_base` the value of `sent` when the peer was last known to have read all.
+    _fields_ = [("pair", u64), ("sent", u64), ("side", u32), ("pad", u32)]
+
+
+class Pair(ct.Structure):
+    """A binding: both ends may redirect while it is there. Arrays are indexed by the Side that sends.
+
+    `proof` is PROVEN | the peer's copied_seq, as the peer itself has seen it, or 0: the side redirects only while its
+    own write_seq is that number (promise 3, see bpf/redirect.c). `sent` is published from Member.sent now and then;
+    `read` is what `sent` was when the peer was last seen with nothing unread (promise 4). The rest is for people.
     """
 
     _fields_ = [
-        ("peer", MemberKey),
-        ("sent", u64),
-        ("credit_base", u64),
-        ("proven_seq", u32),
-        ("bound", u8),
-        ("application", u8),
+        ("proof", u64 * 2),
+        ("sent", u64 * 2),
+        ("read", u64 * 2),
+        ("netns", u64),
+        ("application", Address),
+        ("application_port", u16),
         ("pad", u16),
+        ("pid", u32),
     ]
 
 
@@ -178,36 +199,50 @@ class Op(IntEnum):
 
     LOOK = 0
     JOIN = 1
-    BIND = 2
-    UNBIND = 3
-    LEAVE = 4
+    ROOM = 2
+    LEAVE = 3
+    DRAIN = 4
+    REFUSE = 5
 
 
 class Command(ct.Structure):
-    """Input and output of the command program: `downstream` is the application's own tuple."""
+    """Input and output of the command program, which starts it at COMMAND_OFFSET of its packet.
+
+    `local` and `remote` are the application's own view (LOOK, JOIN); the other operations name the `pair`. `pid` is in:
+    the process whose pipes were looked at; out: the process that connected. `room` is what may still be redirected
+    towards the application. `reason` is the answer.
+    """
 
     _fields_ = [
-        ("downstream", MemberKey),
+        ("pair", u64),
+        ("netns", u64),
+        ("room", u64),
+        ("local", Address),
+        ("remote", Address),
+        ("local_port", u16),
+        ("remote_port", u16),
         ("op", u32),
+        ("side", u32),
         ("reason", u32),
-        ("tcp_unread", u32),
-        ("redirect_unread", u32),
-        ("unacked", u32),
+        ("pid", u32),
         ("pad", u32),
     ]
 
 
 STRUCTS: tuple[type[ct.Structure], ...] = (
     ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Origin, FlowKey, FlowValue,
-    ConnectionCount, Event, MemberKey, Member, Command,
+    ConnectionCount, Event, MemberKey, Member, Pair, Command,
 )  # fmt: skip
-ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Program, Reason, Op)
+ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Program, Reason, Side, Op)
 CONSTANTS = {
     "COUNTERS": COUNTERS,
     "REASON_STRIDE": REASON_STRIDE,
     "HEARTBEAT_MAX_NS": HEARTBEAT_MAX_NS,
     "LISTENER_PRIORITY": LISTENER_PRIORITY,
     "CREDIT_BYTES": CREDIT_BYTES,
+    "PUBLISH_BYTES": PUBLISH_BYTES,
+    "PROVEN": PROVEN,
+    "COMMAND_OFFSET": COMMAND_OFFSET,
     "EVENTS_BYTES": EVENTS_BYTES,
     "PICK_TRIES": PICK_TRIES,
 }

@@ -1,4 +1,4 @@
-"""The one file that imports bcc, run as a short-lived child so that LLVM's 120 MB are given back: `python -m loader.compile`.
+"""The one file that imports bcc. `python -m loader.compile` is a short-lived child, so LLVM's 120 MB are given back.
 
 Reads a job (JSON) on stdin, compiles the inlined text, loads every program and pins it in `programs`; tables pin
 themselves in `maps` (see bpf/maps.h). Prints {"programs": [...]} or, on failure, {"error", "detail"}.
@@ -55,7 +55,8 @@ def compile_and_pin(job: Job) -> None:
         answer = {"error": f"the compiler process ended with {child.returncode}"}
     if answer.get("error") == "bcc":
         raise EnvironmentLack(
-            "bcc (Python) is missing", "apt-get install python3-bpfcc, and a virtual environment that sees it (make setup)"
+            "bcc (Python) is missing",
+            "apt-get install python3-bpfcc, and a virtual environment that sees it (make setup)",
         )
     if "error" in answer:
         raise DataplaneError(f"{answer['error']}\n{child.stderr.strip()[-4000:]}")

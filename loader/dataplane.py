@@ -23,6 +23,7 @@ from loader.plan import TABLES, Plan, Tables, plan
 from meshbpf import wire
 from meshbpf.errors import DataplaneError
 from meshbpf.model import MapSizes, Mesh
+from meshbpf.reason import Reason
 
 # hook → attach type, in the order of attaching
 CGROUP_HOOKS = {"getpeername4": 29, "getpeername6": 30, "sockops": 3, "connect4": 10, "connect6": 11}
@@ -118,7 +119,7 @@ class Dataplane:
             total = sum(int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8))
             if total:
                 program = abi.Program(index // abi.REASON_STRIDE).name.lower()
-                found[program, abi.Reason(index % abi.REASON_STRIDE).word] = total
+                found[program, Reason(index % abi.REASON_STRIDE).word] = total
         return found
 
     def connections(self) -> dict[int, tuple[int, int, int, int]]:

@@ -47,7 +47,9 @@ def missing_capabilities() -> list[str]:
 def require_capabilities() -> None:
     missing = missing_capabilities()
     if missing:
-        raise EnvironmentLack(f"missing capabilities: {', '.join(missing)}", "run as root (sudo), or grant them to the unit")
+        raise EnvironmentLack(
+            f"missing capabilities: {', '.join(missing)}", "run as root (sudo), or grant them to the unit"
+        )
 
 
 def require_bpffs() -> None:
@@ -60,7 +62,7 @@ def require_bpffs() -> None:
 
 
 def check_cgroup(path: Path, allow_root: bool = False) -> Path:
-    """`path` as an absolute cgroup2 directory. Raises EnvironmentLack for a missing one, another file system, the root."""
+    """`path` as an absolute cgroup2 directory. Raises EnvironmentLack: missing, another file system, the root."""
     top = cgroup2()
     resolved = path.resolve()
     if not resolved.is_dir():

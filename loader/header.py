@@ -47,12 +47,16 @@ def struct_text(struct: type[ct.Structure]) -> str:
         raise TypeError(f"{struct.__name__}: implicit padding at its end")
     name = snake(struct.__name__)
     body = "\n".join(lines)
-    return f"struct {name} {{\n{body}\n}};\n_Static_assert(sizeof(struct {name}) == {offset}, \"{name}\");\n"
+    return f'struct {name} {{\n{body}\n}};\n_Static_assert(sizeof(struct {name}) == {offset}, "{name}");\n'
 
 
 def enum_text(enum: type[IntEnum]) -> str:
     prefix = snake(enum.__name__).upper()
-    body = "\n".join(f"\t{prefix}_{member.name} = {member.value}," for member in enum if enum is not Reason or member < KERNEL_REASONS)
+    body = "\n".join(
+        f"\t{prefix}_{member.name} = {member.value},"
+        for member in enum
+        if enum is not Reason or member < KERNEL_REASONS
+    )
     return f"enum {snake(enum.__name__)} {{\n{body}\n}};\n"
 
 

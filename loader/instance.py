@@ -1,8 +1,8 @@
 """Where an instance lives: its pins, its run directory, its lock and its state file. Paths and locking only.
 
-    /sys/fs/bpf/meshbpf/NAME/maps-LAYOUT/   tables        /run/meshbpf/NAME/lock        who may change the instance
-    /sys/fs/bpf/meshbpf/NAME/programs/      programs      /run/meshbpf/NAME/state.json  what was attached, for reading
-    /sys/fs/bpf/meshbpf/NAME/links/         CGROUP-HOOK   /run/meshbpf/NAME/agent.sock  the agent's API
+/sys/fs/bpf/meshbpf/NAME/maps-LAYOUT/   tables        /run/meshbpf/NAME/lock        who may change the instance
+/sys/fs/bpf/meshbpf/NAME/programs/      programs      /run/meshbpf/NAME/state.json  what was attached, for reading
+/sys/fs/bpf/meshbpf/NAME/links/         CGROUP-HOOK   /run/meshbpf/NAME/agent.sock  the agent's API
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from meshbpf.errors import DataplaneError, EnvironmentLack, MapFull
@@ -128,7 +127,7 @@ class Map:
     def __enter__(self) -> Map:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

@@ -1,11 +1,9 @@
-"""The command line: nouns read, verbs change. This file joins the groups and turns errors into exit codes, nothing else."""
+"""The command line: nouns read, verbs change. This file joins the groups and turns errors into exit codes."""
 
 from __future__ import annotations
 
-import os
 import sys
 
-import click
 import typer
 
 from meshbpf.cli import change, read
@@ -26,19 +24,7 @@ for group in (change, read):
 
 def main() -> None:
     try:
-        code = app(standalone_mode=False)
+        app()
     except MeshError as error:
         print(f"meshbpf: {error}", file=sys.stderr)
-        code = error.exit_code
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = 130
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    raise SystemExit(code)
+        raise SystemExit(error.exit_code) from None

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from loader import dataplane, environment
+from loader.instance import Instance
 from meshbpf import logs
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
@@ -22,7 +23,9 @@ from meshbpf.runtime.sources import load
 def register(app: typer.Typer) -> None:
     app.command()(attach)
     app.command()(run)
-    app.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(execute)
+    app.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+        execute
+    )
     app.command()(detach)
 
 
@@ -36,7 +39,7 @@ def attach(
     environment.require_capabilities()
     paths = options.cgroups(cgroup, allow_root_cgroup)
     mesh = load(options.configuration(config))
-    target = dataplane.Instance(instance)
+    target = Instance(instance)
     with target.lock():
         dataplane.attach(target, paths, mesh)
     governed = sum(1 for service, port, choice in mesh.choices() if choice.carrier != "direct")
@@ -50,7 +53,9 @@ def run(
     cgroup: Cgroups,
     config: Config = None,
     instance: InstanceName = "default",
-    workers: Annotated[int | None, typer.Option("--workers", min=1, max=64, help="proxy processes (default: as configured)")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=64, help="proxy processes (default: as configured)")
+    ] = None,
     allow_root_cgroup: AllowRoot = False,
     log_level: LogLevel = "info",
     log_format: LogFormat = "text",
@@ -61,20 +66,24 @@ def run(
     environment.require_capabilities()
     logs.configure(log_level, log_format)
     paths = options.cgroups(cgroup, allow_root_cgroup)
-    target = dataplane.Instance(instance)
+    target = Instance(instance)
     asyncio.run(serve(Options(target, paths, workers, log_level, log_format), options.configuration(config)))
 
 
 def execute(
     command: Annotated[list[str], typer.Argument(help="what to become")],
-    cgroup_: Annotated[Path | None, typer.Option("--cgroup", help="default: the first one that the instance leads")] = None,
+    cgroup_: Annotated[
+        Path | None, typer.Option("--cgroup", help="default: the first one that the instance leads")
+    ] = None,
     instance: InstanceName = "default",
 ) -> None:
     """Join the cgroup (made when missing), then become CMD: how a program enters the mesh on a plain host."""
     if cgroup_ is None:
-        named = dataplane.Instance(instance).read_state().get("cgroups")
+        named = Instance(instance).read_state().get("cgroups")
         if not named:
-            raise EnvironmentLack(f"instance {instance} is not attached", "meshbpf attach --cgroup PATH -c FILE, or name --cgroup")
+            raise EnvironmentLack(
+                f"instance {instance} is not attached", "meshbpf attach --cgroup PATH -c FILE, or name --cgroup"
+            )
         target = Path(named[0])
     else:
         target = options.below_mount(cgroup_)
@@ -96,7 +105,7 @@ def execute(
 def detach(instance: InstanceName = "default") -> None:
     """Take everything of that instance away; exit 0 when nothing was there."""
     environment.require_capabilities()
-    target = dataplane.Instance(instance)
+    target = Instance(instance)
     removed = stop.stop_processes(target)
     with target.lock():
         removed += dataplane.detach(target)

@@ -17,9 +17,16 @@ Cgroups = Annotated[
 ]
 Config = Annotated[
     list[Path] | None,
-    typer.Option("-c", "--config", help="configuration file or directory (repeatable); default /etc/meshbpf", envvar="MESHBPF_CONFIG"),
+    typer.Option(
+        "-c",
+        "--config",
+        help="configuration file or directory (repeatable); default /etc/meshbpf",
+        envvar="MESHBPF_CONFIG",
+    ),
 ]
-InstanceName = Annotated[str, typer.Option("--instance", help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE")]
+InstanceName = Annotated[
+    str, typer.Option("--instance", help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE")
+]
 AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
 Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml")]
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error")]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loader import dataplane
+from loader import dataplane, environment
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
@@ -130,7 +130,9 @@ class Agent:
         self.mesh = mesh
         self.applied_at = time.time()
         self._publish()
-        log.info("mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes)
+        log.info(
+            "mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes
+        )
 
     def _publish(self) -> None:
         """The mesh for workers and for commands that read while no agent runs."""
@@ -177,4 +179,4 @@ def attach(options: Options, mesh: Mesh) -> Dataplane:
 
 
 def cgroup_paths(paths: Sequence[Path], allow_root: bool) -> tuple[Path, ...]:
-    return tuple(dataplane.environment.check_cgroup(path, allow_root) for path in paths)
+    return tuple(environment.check_cgroup(path, allow_root) for path in paths)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from loader import dataplane
+from loader import environment
 from meshbpf.errors import MeshError
 from meshbpf.runtime import listeners, netns
 from meshbpf.runtime.listeners import Served
@@ -56,7 +56,7 @@ class Namespaces:
         if any(served.identity == identity for served in self.served.values()):
             os.close(fd)
             return
-        if not dataplane.environment.has_netns_cookies():
+        if not environment.has_netns_cookies():
             os.close(fd)
             return  # the connect hook counts netns_unsupported
         try:

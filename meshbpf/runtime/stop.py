@@ -1,4 +1,4 @@
-"""Ends an instance's processes for `detach`: its agent by SIGTERM, then workers that outlived an agent, both bounded."""
+"""Ends an instance's processes for `detach`: its agent by SIGTERM, then workers that outlived one; both bounded."""
 
 from __future__ import annotations
 

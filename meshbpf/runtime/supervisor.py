@@ -38,7 +38,9 @@ class Handle:
 
 
 class Supervisor:
-    def __init__(self, instance: Instance, log_options: dict[str, str], report: REPORTS, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, instance: Instance, log_options: dict[str, str], report: REPORTS, changed: Callable[[], None]
+    ) -> None:
         self._instance = instance
         self._log_options = log_options
         self._report = report
@@ -134,7 +136,13 @@ class Supervisor:
         self._deaths[handle.number] = deaths + 1
         delay = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
         self.restarts += 1
-        log.warning("worker died, restarting number=%d pid=%d code=%d delay=%.1fs", handle.number, handle.process.pid, code, delay)
+        log.warning(
+            "worker died, restarting number=%d pid=%d code=%d delay=%.1fs",
+            handle.number,
+            handle.process.pid,
+            code,
+            delay,
+        )
         await asyncio.sleep(delay)
         if not self._stopping:
             await self._start(handle.number)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from userspace_proxy.origin import Origin
+from userspace_proxy.server import Proxy
 
 from loader import abi
 from loader.dataplane import Dataplane
@@ -30,8 +32,6 @@ from meshbpf.runtime import netns
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.workload import Workloads
 from userspace_proxy.accesslog import AccessLog
-from userspace_proxy.origin import Origin
-from userspace_proxy.server import Proxy
 from userspace_proxy.stats import Stats
 
 log = logging.getLogger("worker")
@@ -109,7 +109,7 @@ class Worker:
             self._dataplane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
             self._workloads = Workloads(cgroup2(), [Path(path) for path in about["cgroups"]])
             self._cookie = int(about["cookie"])
-            self._access_log = AccessLog(mesh, loop=self._loop)
+            self._access_log = AccessLog(mesh.agent.access_log, self._loop, self._stats.lost)
             self._proxy = Proxy(
                 lookup=self._origin,
                 sink=self._sink,
@@ -120,8 +120,7 @@ class Worker:
             self._beat()
             self._report_later()
         assert self._proxy is not None and self._access_log is not None
-        self._access_log.use(mesh)
-        self._stats.use(mesh)
+        self._stats.adopt(mesh, time.monotonic())
         self._proxy.use(mesh)
         if self._channel is not None:
             self._channel.send({"type": "using", "generation": mesh.generation})
@@ -190,7 +189,7 @@ class Worker:
 
     def _report(self) -> None:
         if self._channel is not None:
-            self._channel.send({"type": "stats", "pid": os.getpid()}, blob=self._stats.snapshot())
+            self._channel.send({"type": "stats", "pid": os.getpid()}, blob=self._stats.snapshot(time.monotonic()))
 
     def _report_later(self) -> None:
         self._report()

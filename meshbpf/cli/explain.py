@@ -1,0 +1,105 @@
+"""Why a connect would go where it goes: the same questions as the connect hook, answered from the same tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loader import abi
+from loader.dataplane import Dataplane
+from loader.plan import service_key
+from meshbpf.carrier import Carrier, choose
+from meshbpf.errors import NotFound
+from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Service, ServicePolicy
+from meshbpf.reason import TEXT, Reason
+
+Steps = list[tuple[str, str]]
+
+
+def verdicts(counters: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """Counted verdicts as rows, most frequent first."""
+    rows = [
+        {"program": program, "reason": reason, "count": count, "text": TEXT[Reason[reason.upper()]]}
+        for (program, reason), count in counters.items()
+    ]
+    return sorted(rows, key=lambda row: (-int(str(row["count"])), row["program"], row["reason"]))
+
+
+def targets(mesh: Mesh, text: str) -> list[tuple[Service, Port]]:
+    """The ports that `text` (service, or ADDRESS:PORT) means. Raises NotFound."""
+    address, colon, number = text.rpartition(":")
+    found = []
+    for service in mesh.services:
+        for port in service.ports:
+            by_name = text in (service.label, f"{service.name}.{service.namespace}")
+            by_address = colon and number == str(port.port) and address.strip("[]") in service.addresses
+            if by_name or by_address:
+                found.append((service, port))
+    if not found:
+        raise NotFound(f"{text} is no service: a connect to it is left alone")
+    return found
+
+
+def explain(plane: Dataplane, mesh: Mesh, text: str) -> Steps:
+    """One (step, what it says) per decision, in the order in which the kernel takes them."""
+    steps: Steps = []
+    for service, port in targets(mesh, text):
+        steps += _port(plane, mesh, service, port)
+    return steps
+
+
+def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
+    policy = mesh.policy_for(service)
+    choice = choose(port, policy)
+    named = f"{service.label} port {port.name} ({port.port}/{port.protocol}), from {service.source or 'unknown'}"
+    steps: Steps = [("service", named)]
+    raw = [plane.maps["services"].lookup(service_key(a, port.port, port.protocol)) for a in service.addresses]
+    held = next((value for value in raw if value is not None), None)
+    for address, value in zip(service.addresses, raw, strict=True):
+        known = "known to the kernel" if value else "NOT known to the kernel: connects to it are left alone"
+        steps.append(("address", f"{address}:{port.port}, {known}"))
+    origin = f"policy {policy.name}, from {policy.source}" if policy.source else "defaults, no ServicePolicy names it"
+    steps.append(("policy", origin))
+    steps.append(("carrier", f"{choice.carrier}: {choice.why}"))
+    if choice.carrier is Carrier.PROXY:
+        fallback = "led to an endpoint, ungoverned" if policy.on_proxy_down is OnProxyDown.DIRECT else "refused"
+        steps.append(("proxy down", f"onProxyDown {policy.on_proxy_down}: {fallback}"))
+    steps.append(("balance", _balance(policy, choice.carrier)))
+    steps += _endpoints(plane, service, port, held)
+    return steps
+
+
+def _balance(policy: ServicePolicy, carrier: Carrier) -> str:
+    simple = policy.load_balancer.simple
+    if carrier is Carrier.DIRECT and simple is Balance.LEAST_REQUEST:
+        return "ROUND_ROBIN by weight: in direct nobody counts requests, so LEAST_REQUEST becomes this"
+    return f"{simple}" + ("" if simple is Balance.RANDOM else ", by weight")
+
+
+def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | None) -> Steps:
+    slots: dict[int, int] = {}
+    if held is not None:
+        policy = plane.maps["policies"].lookup(held)
+        count = abi.PolicyValue.from_buffer_copy(policy).slots if policy else 0
+        for index in range(count):
+            slot = plane.maps["slots"].lookup(bytes(abi.SlotKey(int.from_bytes(held, "little"), index)))
+            if slot is not None:
+                slots[int.from_bytes(slot, "little")] = slots.get(int.from_bytes(slot, "little"), 0) + 1
+    total = sum(slots.values())
+    shares = {}
+    for endpoint_id, count in slots.items():
+        value = plane.maps["endpoints"].lookup(endpoint_id.to_bytes(4, "little"))
+        if value is not None:
+            shares[bytes(value[:18])] = count
+    steps: Steps = []
+    for endpoint in service.endpoints:
+        number = endpoint.ports.get(port.name)
+        if number is None:
+            steps.append(("endpoint", f"{endpoint.address}: has no port {port.name}, never picked"))
+            continue
+        count = shares.get(bytes(abi.EndpointValue(abi.pack_address(endpoint.address), number))[:18], 0)
+        why = f"{100 * count / total:.0f}% of new connections" if count else f"never picked: {endpoint.state}, weight {endpoint.weight}"
+        steps.append(("endpoint", f"{endpoint.address}:{number}, {why}"))
+    if not total:
+        steps.append(("verdict", f"{Reason.NO_ENDPOINT.word}: {TEXT[Reason.NO_ENDPOINT]}"))
+    return steps

@@ -1,0 +1,43 @@
+"""What `meshbpf run` does, in order: lock, read, attach, serve, follow, drain. The composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from meshbpf.runtime import api
+from meshbpf.runtime.agent import Agent, Options, attach
+from meshbpf.runtime.metrics import Metrics
+from meshbpf.runtime.sources import Sources, embedded_settings
+from meshbpf.registry.embedded import EmbeddedSource
+from meshbpf.schema.files import load
+from meshbpf.tasks import spawn
+
+
+async def serve(options: Options, paths: Sequence[Path]) -> None:
+    """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
+    configured = load(paths)
+    with options.instance.lock():
+        embedded = EmbeddedSource(embedded_settings(configured, options.instance.name))
+        await embedded.start()
+        sources = Sources(paths, embedded)
+        sources.start()
+        mesh = await sources.first()
+        plane = attach(options, mesh)
+        agent = Agent(options, mesh, plane)
+        metrics = Metrics(agent, sources)
+        admin = await metrics.serve(mesh.agent.admin.listen)
+        runner = await api.serve(options.instance.socket, lambda: metrics.status(), embedded.registrar)
+        try:
+            await agent.start()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: (sources.files.reload(), agent.supervisor.reopen_logs()))
+            follower = spawn(agent.follow(sources.meshes(mesh)), "follow sources")
+            await agent.run()
+            follower.cancel()
+        finally:
+            await runner.cleanup()
+            await admin.cleanup()
+            options.instance.socket.unlink(missing_ok=True)
+            plane.close()

@@ -1,0 +1,112 @@
+"""All sources of services → one mesh after another. Whatever a source says is merged; equal meshes are said once."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from meshbpf.model import EmbeddedRegistry, Mesh
+from meshbpf.registry import merge
+from meshbpf.registry.base import Snapshot, Source
+from meshbpf.registry.embedded import EmbeddedSource
+from meshbpf.registry.file import FileSource
+from meshbpf.tasks import spawn
+
+log = logging.getLogger("sources")
+
+
+@dataclass(slots=True)
+class Known:
+    """The last word of one source."""
+
+    source: Source
+    snapshot: Snapshot | None = None
+    changed_at: float = field(default_factory=time.time)
+
+
+class Sources:
+    """`first` waits for every source's first word, then `meshes` yields each different mesh that follows."""
+
+    def __init__(self, paths: Sequence[Path], embedded: EmbeddedSource) -> None:
+        self.files = FileSource(paths)
+        self.embedded = embedded
+        self._known = [Known(self.files), Known(embedded)]
+        self._news = asyncio.Event()
+        self._generation = 0
+        self._problems: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        for known in self._known:
+            spawn(self._follow(known), f"source {known.source.name}")
+
+    async def _follow(self, known: Known) -> None:
+        async for snapshot in known.source.watch():
+            before = known.snapshot
+            if before is None or replace(before, error="") != replace(snapshot, error=""):
+                known.changed_at = time.time()
+            if snapshot.error and (before is None or before.error != snapshot.error):
+                log.error("source keeps its last good state source=%s error=%s", known.source.name, snapshot.error)
+            known.snapshot = snapshot
+            self._news.set()
+
+    async def first(self) -> Mesh:
+        """The first mesh, once every source has spoken."""
+        while any(known.snapshot is None for known in self._known):
+            self._news.clear()
+            await self._news.wait()
+        return await self._merged()
+
+    async def meshes(self, last: Mesh) -> AsyncIterator[Mesh]:
+        """Every mesh that differs from the one before it, beginning after `last`."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            mesh = await self._merged()
+            if replace(mesh, generation=0) != replace(last, generation=0):
+                last = mesh
+                yield mesh
+
+    async def _merged(self) -> Mesh:
+        snapshots = [known.snapshot for known in self._known if known.snapshot is not None]
+        self._generation += 1
+        mesh, problems = merge.mesh(snapshots, self._generation)
+        pool = ipaddress.ip_network(mesh.agent.address_pool)
+        wanting = [service.id for service in mesh.services if not service.addresses]
+        named = {address for service in mesh.services for address in service.addresses}
+        given = await self.embedded.registrar.store.addresses(wanting, pool, named) if wanting else {}
+        services = tuple(
+            replace(service, addresses=(given[service.id],)) if service.id in given else service
+            for service in mesh.services
+        )
+        told = tuple(str(problem) for problem in problems)
+        for problem in told:
+            if problem not in self._problems:
+                log.warning("endpoint left out %s", problem)
+        self._problems = told
+        return replace(mesh, services=services)
+
+    def report(self) -> list[dict[str, Any]]:
+        """What `status` shows of every source."""
+        now = time.time()
+        return [
+            {
+                "name": known.source.name,
+                "age_seconds": round(now - known.changed_at, 1),
+                "services": len(known.snapshot.services) if known.snapshot else 0,
+                "error": known.snapshot.error if known.snapshot else "has not answered yet",
+            }
+            for known in self._known
+        ]
+
+
+def embedded_settings(mesh: Mesh, instance: str) -> EmbeddedRegistry:
+    """The configured embedded registry, or one that only the agent's unix socket reaches."""
+    if mesh.agent.registries:
+        return mesh.agent.registries[0]
+    return EmbeddedRegistry(listen="", store=f"/var/lib/meshbpf/{instance}.db")

@@ -1,0 +1,245 @@
+"""A small mesh machine for tests: a cgroup of its own, endpoints, an agent, clients, namespaces; all gone at the end.
+
+Everything is bounded in time; processes are ended by id; service addresses lie in 127.96.0.0/16 or in namespaces that
+were made here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loader import environment
+from loader.instance import Instance
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SECONDS = 20.0
+
+
+def free_port() -> int:
+    """A port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """The condition's first true value; fails after `seconds`. For what offers no event to wait on."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+class Machine:
+    """Use as a context manager. `name` is the instance's and the cgroup's name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.instance = Instance(name)
+        self.cgroup = environment.cgroup2() / name
+        self.proxy_port = free_port()
+        self.admin_port = free_port()
+        self.access_log = folder / "access.log"
+        self.agent_spec: dict[str, Any] = {}
+        self.agent: subprocess.Popen[bytes] | None = None
+        self.agent_log = folder / "agent.log"
+        self._processes: list[subprocess.Popen[Any]] = []
+        self._namespaces: list[str] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Machine:
+        self.cgroup.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.agent is not None and self.agent.poll() is None:
+            self.stop_agent()
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+        self.meshbpf("detach", "--instance", self.instance.name)
+        for name in self._namespaces:
+            subprocess.run(["ip", "netns", "del", name], check=True)
+        self._remove_cgroup()
+
+    def _remove_cgroup(self) -> None:
+        def empty() -> bool:
+            for folder in [*sorted(self.cgroup.rglob("*/"), reverse=True), self.cgroup]:
+                try:
+                    folder.rmdir()
+                except OSError:
+                    return False
+            return True
+
+        until(empty, f"{self.cgroup} is empty")
+
+    # --- configuration -------------------------------------------------------------------------------------------
+
+    def configure(self, *documents: dict[str, Any], name: str = "mesh.yaml") -> Path:
+        """Write the configuration (an Agent document of ours comes first) in one step, as a careful editor would."""
+        agent = {
+            "proxy": {"listen": f"127.0.0.1:{self.proxy_port}", "drain": "3s"},
+            "admin": {"listen": f"127.0.0.1:{self.admin_port}"},
+            "accessLog": {"format": "json", "path": str(self.access_log)},
+            **self.agent_spec,
+        }
+        whole = [{"apiVersion": "meshbpf.io/v1", "kind": "Agent", "spec": agent}, *documents]
+        path = self.folder / "config" / name
+        path.parent.mkdir(exist_ok=True)
+        staged = self.folder / f"{name}.staged"
+        staged.write_text(yaml.safe_dump_all(whole))
+        staged.replace(path)
+        return path
+
+    # --- commands ------------------------------------------------------------------------------------------------
+
+    def meshbpf(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "meshbpf.cli", *arguments],
+            capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, **options,
+        )  # fmt: skip
+
+    def attach(self) -> subprocess.CompletedProcess[str]:
+        done = self.meshbpf(
+            "attach", "--cgroup", str(self.cgroup), "-c", str(self.folder / "config"), "--instance", self.instance.name
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def detach(self) -> subprocess.CompletedProcess[str]:
+        return self.meshbpf("detach", "--instance", self.instance.name)
+
+    def show(self, *arguments: str) -> dict[str, Any]:
+        """A reading command's JSON."""
+        done = self.meshbpf(*arguments, "--instance", self.instance.name, "-o", "json")
+        assert done.returncode == 0, done.stderr
+        value: dict[str, Any] = json.loads(done.stdout)
+        return value
+
+    def run_agent(self, *more: str, cgroup: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start `meshbpf run` and wait until it says that it is ready."""
+        arguments = ["--cgroup", str(self.cgroup), "-c", str(self.folder / "config")]
+        with self.agent_log.open("ab") as log:
+            begin = log.tell()
+            self.agent = subprocess.Popen(
+                [sys.executable, "-m", "meshbpf.cli", "run", *arguments, "--instance", self.instance.name, *more],
+                stderr=log, stdout=log, cwd=ROOT, preexec_fn=self._joiner(cgroup) if cgroup else None,
+            )  # fmt: skip
+        self._processes.append(self.agent)
+
+        def ready() -> bool:
+            assert self.agent is not None and self.agent.poll() is None, self.agent_log.read_text()
+            return " ready instance=" in self.agent_log.read_text()[begin:]
+
+        until(ready, "the agent is ready")
+        return self.agent
+
+    def stop_agent(self, number: signal.Signals = signal.SIGTERM) -> int:
+        assert self.agent is not None
+        self.agent.send_signal(number)
+        return self.agent.wait(SECONDS)
+
+    # --- the other side ------------------------------------------------------------------------------------------
+
+    def endpoint(self, name: str, address: str = "127.0.0.1", port: int = 0, netns: str | None = None) -> int:
+        """Start an HTTP endpoint outside the mesh; its port."""
+        command = [sys.executable, "-m", "tests.support.server", name, address, str(port)]
+        return int(self.start([*self._in(netns), *command], stdout=subprocess.PIPE, text=True).stdout.readline())
+
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        process = subprocess.Popen(command, cwd=ROOT, **options)
+        self._processes.append(process)
+        return process
+
+    def _in(self, netns: str | None) -> list[str]:
+        return ["ip", "netns", "exec", netns] if netns else []
+
+    def _joiner(self, cgroup: Path | None = None) -> Callable[[], None]:
+        procs = (cgroup or self.cgroup) / "cgroup.procs"
+        return lambda: procs.write_text(str(os.getpid())) and None
+
+    def client(self, *command: str, netns: str | None = None, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
+        """Run a command as an application of the mesh."""
+        return subprocess.run(
+            [*self._in(netns), *command],
+            capture_output=True, text=True, check=False, timeout=timeout, cwd=ROOT, preexec_fn=self._joiner(),
+        )  # fmt: skip
+
+    def start_client(self, *command: str, netns: str | None = None, **options: Any) -> subprocess.Popen[Any]:
+        return self.start([*self._in(netns), *command], preexec_fn=self._joiner(), **options)
+
+    def curl(self, url: str, *more: str, netns: str | None = None) -> dict[str, Any]:
+        """What an endpoint of ours answers to curl."""
+        done = self.client("curl", "-sS", "--fail-with-body", "--max-time", "10", *more, url, netns=netns)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        value: dict[str, Any] = json.loads(done.stdout)
+        return value
+
+    def netns(self, name: str) -> str:
+        """A network namespace with its loopback up."""
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        self._namespaces.append(name)
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        return name
+
+    def records(self, count: int) -> list[dict[str, Any]]:
+        """The access log, once it has at least `count` lines."""
+
+        def lines() -> list[str]:
+            text = self.access_log.read_text() if self.access_log.exists() else ""
+            whole = text.splitlines()
+            return whole if len(whole) >= count else []
+
+        return [json.loads(line) for line in until(lines, f"{count} access log lines")]
+
+    def remove_netns(self, name: str) -> None:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+        self._namespaces.remove(name)
+
+
+def service(name: str, address: str, ports: Sequence[int], protocol: str = "http", port: int = 80, **spec: Any) -> dict[str, Any]:
+    """A Service document with loopback endpoints on `ports`."""
+    return {
+        "apiVersion": "meshbpf.io/v1",
+        "kind": "Service",
+        "metadata": {"name": name},
+        "spec": {
+            "addresses": [address],
+            "ports": [{"name": "main", "port": port, "protocol": protocol}],
+            "endpoints": [{"address": "127.0.0.1", "ports": {"main": number}} for number in ports],
+            **spec,
+        },
+    }
+
+
+def policy(service_name: str, **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "meshbpf.io/v1",
+        "kind": "ServicePolicy",
+        "metadata": {"name": service_name},
+        "spec": {"service": service_name, **spec},
+    }
+
+
+def which(program: str) -> str:
+    found = shutil.which(program)
+    assert found is not None, f"{program} is missing: vagrant/provision.sh test"
+    return found
