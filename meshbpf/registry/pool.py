@@ -7,7 +7,8 @@ takes the next free address, which is why the choice must be remembered.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import ipaddress
+from collections.abc import Collection, Iterable, Mapping
 
 from meshbpf.errors import MeshError
 from meshbpf.registry.instance import IPNetwork, ServiceId
@@ -29,3 +30,27 @@ def choose_address(pool: IPNetwork, service: ServiceId, taken: Collection[str]) 
         if address not in taken:
             return address
     raise PoolFull(f"all {usable} addresses of {pool} are taken: widen Agent.spec.addressPool")
+
+
+def assign(
+    pool: IPNetwork, services: Iterable[ServiceId], given: Mapping[ServiceId, str], avoid: Collection[str] = ()
+) -> dict[ServiceId, str]:
+    """`given`, as far as it still holds, and an address for each of `services` that has none. Raises PoolFull.
+
+    An address once given stays, also while its service is gone; `avoid` are addresses that services name themselves.
+    """
+    mapping = still_good(pool, given, avoid)
+    taken = {*avoid, *mapping.values()}
+    for service in sorted(set(services) - mapping.keys()):
+        mapping[service] = choose_address(pool, service, taken)
+        taken.add(mapping[service])
+    return mapping
+
+
+def still_good(pool: IPNetwork, given: Mapping[ServiceId, str], avoid: Collection[str] = ()) -> dict[ServiceId, str]:
+    """`given` without what somebody now names himself and what lies outside of a pool that was changed."""
+    return {
+        service: address
+        for service, address in given.items()
+        if address not in avoid and ipaddress.ip_address(address) in pool
+    }
