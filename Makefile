@@ -51,7 +51,7 @@ fmt: $(VENV)/.test ## format and mend what can be mended
 abi: $(VENV)/.run ## bpf/abi.h from loader/abi.py
 	$(PY) -m loader.header --write
 
-test-vm: ## attach, call, detach on kernels 5.10, 6.1 and 6.12 (ARGS='6.1' narrows)
+test-vm: $(VENV)/.made ## attach, call, detach on kernels 5.10, 6.1 and 6.12 (ARGS='6.1' narrows)
 	@$(PROVISION) vm
 	$(SUDO) vagrant/test-vm.sh $(ARGS)
 

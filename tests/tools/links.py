@@ -1,4 +1,4 @@
-"""Links of our Markdown files: the file exists, and so does the heading when one is named. Foreign hosts are not called.
+"""Links of our Markdown files: the file exists, and so does a heading that is named. Foreign hosts are not called.
 
 `python tests/tools/links.py` prints `file:line: message` for each broken link and exits 1 when there is one.
 """
