@@ -6,6 +6,7 @@ import ipaddress
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,36 @@ async def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
     assert place in store.problem
     assert not await store.write([Count(1)])
     await store.close()
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+async def test_a_read_only_directory_is_named(with_file: bool) -> None:
+    program = """
+import asyncio, os, sys
+from meshbpf.registry.content import Count
+from meshbpf.registry.store import Store
+if os.geteuid() == 0:
+    os.seteuid(65534)  # root may write everywhere
+async def main():
+    store = Store(sys.argv[1])
+    await store.open()
+    print(store.problem, await store.write([Count(1)]))
+    await store.close()
+asyncio.run(main())
+"""
+    with tempfile.TemporaryDirectory() as directory:  # not tmp_path, whose parents are for one user only
+        path = Path(directory) / "registry.db"
+        if with_file:
+            store = Store(path)
+            await store.open()
+            await store.close()
+            path.chmod(0o444)
+        Path(directory).chmod(0o555)
+        said = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+        Path(directory).chmod(0o755)
+    assert str(path) in said.stdout
+    assert "memory only" in said.stdout
+    assert said.stdout.endswith("False\n")
 
 
 async def test_a_file_of_a_later_version_is_not_touched(tmp_path: Path) -> None:

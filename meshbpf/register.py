@@ -1,0 +1,253 @@
+"""`meshbpf register` and `deregister`: put an instance into the registry, keep it there while it is ready, take it out.
+
+Order. With a command the instance goes in after its check passes, and out *before* the command is told to stop: on
+SIGTERM, SIGINT or SIGHUP it is deregistered, callers get `SETTLE` to learn of it, then the signal is forwarded. The
+command runs in a session of its own, otherwise Ctrl-C would reach it first. Its exit code is ours (128+N for signal N).
+
+A check that fails `FAILURES` times in a row takes the instance out; one success puts it in again. An agent that is away
+changes nothing for the command: it is said once, tried again with growing pauses, and a lost lease is put again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from meshbpf import checks
+from meshbpf.errors import MeshError, NotFound
+from meshbpf.registration import Registration
+from meshbpf.registry.client import RegistryAway, RegistryClient, RegistryRefused
+from meshbpf.tasks import spawn
+
+FAILURES = 3
+SETTLE = 0.25  # seconds: the agent gathers changes for 20 ms, then writes the kernel's tables
+LEAVE_SECONDS = 3.0  # a stop must not hang on an agent that is away; the lease ends by itself
+FIRST_CHECKS = 0.2  # seconds between checks until the first success: a start should not wait for `interval`
+BACKOFF_FIRST = 0.2
+BACKOFF_MOST = 5.0
+CHECK_TIMEOUT = 2.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+Say = Callable[[str], None]
+
+
+class Action(Enum):
+    PUT = "put"
+    HEARTBEAT = "heartbeat"
+    DELETE = "delete"
+    NOTHING = "nothing"
+
+
+@dataclass(slots=True)
+class Upkeep:
+    """What follows from a check. Pure: `registered` is set by whoever performed the action."""
+
+    registered: bool = False
+    failures: int = 0
+
+    def after_check(self, passes: bool) -> Action:
+        if passes:
+            self.failures = 0
+            return Action.HEARTBEAT if self.registered else Action.PUT
+        self.failures += 1
+        return Action.DELETE if self.registered and self.failures >= FAILURES else Action.NOTHING
+
+
+class Keeper:
+    """Keeps one registration: `run` until cancelled, then `leave`."""
+
+    def __init__(self, client: RegistryClient, wanted: Registration, say: Say) -> None:
+        self._client, self._wanted, self._say = client, wanted, say
+        self._upkeep = Upkeep()
+        self._maybe_in = False  # a PUT was sent; whether it arrived may be unknown when we are cancelled
+        self._ever_in = False
+        self._trouble = ""
+        self._waited_for = ""
+        self._backoff = BACKOFF_FIRST
+
+    async def run(self) -> None:
+        """Raises RegistryRefused when the registry will never take this instance."""
+        while True:
+            await asyncio.sleep(await self._step())
+
+    async def leave(self) -> bool:
+        """Take the instance out; False when there was nothing to take out, or nobody to tell."""
+        if not self._maybe_in:
+            return False
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._client.delete(self._wanted.service, self._wanted.id)
+        except (RegistryAway, RegistryRefused, TimeoutError) as error:
+            self._say(f"{self._name} not deregistered, its lease ends by itself: {error or 'no answer'}")
+            return False
+        self._maybe_in = self._upkeep.registered = False
+        self._say(f"{self._name} deregistered")
+        return True
+
+    @property
+    def _name(self) -> str:
+        return f"{self._wanted.service}/{self._wanted.id}"
+
+    async def _step(self) -> float:
+        """Check once, act once; how long to pause."""
+        why = await self._check()
+        action = self._upkeep.after_check(not why)
+        if why and not self._upkeep.registered and why != self._waited_for:
+            self._waited_for = why
+            self._say(f"{self._name} is not ready: {why}")
+        try:
+            await self._perform(action, why)
+        except RegistryAway as error:
+            return self._again(str(error))
+        except RegistryRefused as error:
+            # Later on, a refusal must not take down a command that serves: the agent's rules may change back.
+            if not (error.passing or self._ever_in):
+                raise
+            return self._again(f"the registry refuses {self._name}: {error}")
+        if self._trouble and action is not Action.NOTHING:
+            self._say("the registry answers again")
+            self._trouble, self._backoff = "", BACKOFF_FIRST
+        waiting = not self._upkeep.registered
+        return min(FIRST_CHECKS, self._wanted.interval) if waiting else self._wanted.interval
+
+    async def _check(self) -> str:
+        if self._wanted.check is None:
+            return ""
+        timeout = min(self._wanted.interval, CHECK_TIMEOUT)
+        return await checks.run(self._wanted.check, self._wanted.address, self._wanted.port, timeout)
+
+    async def _perform(self, action: Action, why: str) -> None:
+        service, id = self._wanted.service, self._wanted.id
+        match action:
+            case Action.HEARTBEAT if not await self._client.heartbeat(service, id):
+                self._say(f"{self._name} had lost its lease")
+                await self._put()
+            case Action.PUT:
+                await self._put()
+            case Action.DELETE:
+                await self._client.delete(service, id)
+                self._upkeep.registered = self._maybe_in = False
+                self._waited_for = why
+                self._say(f"{self._name} taken out after {FAILURES} failed checks: {why}")
+
+    async def _put(self) -> None:
+        self._maybe_in = True
+        await self._client.put(self._wanted.service, self._wanted.id, self._wanted.body)
+        self._upkeep.registered = self._ever_in = True
+        self._waited_for = ""
+        self._say(f"{self._name} registered")
+
+    def _again(self, trouble: str) -> float:
+        if not self._trouble:
+            self._say(f"{trouble}; trying again until it answers")
+        self._trouble = trouble
+        pause = self._backoff
+        self._backoff = min(self._backoff * 2, BACKOFF_MOST)
+        return min(pause, self._wanted.interval)
+
+
+def say_to_stderr(text: str) -> None:
+    print(f"meshbpf register: {text}", file=sys.stderr, flush=True)
+
+
+async def register(
+    client: RegistryClient, wanted: Registration, command: Sequence[str] = (), say: Say = say_to_stderr
+) -> int:
+    """Keep `wanted` registered until a signal or the end of `command`; the exit code. Owns SIGTERM, SIGINT, SIGHUP."""
+    keeper = Keeper(client, wanted, say)
+    with _signals() as signals:
+        if command:
+            return await _beside_command(keeper, command, signals, say)
+        return await _alone(keeper, signals, say)
+
+
+async def deregister(client: RegistryClient, service: str, id: str = "") -> str:
+    """Take one instance out and return its id. Without `id` the service must have just one. Raises NotFound."""
+    if not id:
+        instances = (await client.instances(service))["instances"]
+        if len(instances) > 1:
+            ids = ", ".join(sorted(str(entry["id"]) for entry in instances))
+            raise MeshError(f"service {service} has {len(instances)} instances, name one with --id: {ids}")
+        id = str(instances[0]["id"])
+    if not await client.delete(service, id):
+        raise NotFound(f"service {service} has no instance {id}")
+    return id
+
+
+async def _alone(keeper: Keeper, signals: asyncio.Queue[signal.Signals], say: Say) -> int:
+    keeping, stop = spawn(_kept(keeper, say), "register"), spawn(signals.get(), "signal")
+    await asyncio.wait([keeping, stop], return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if keeping.done():
+        return 1
+    await _cancelled(keeping)
+    await keeper.leave()
+    return 0
+
+
+async def _beside_command(
+    keeper: Keeper, command: Sequence[str], signals: asyncio.Queue[signal.Signals], say: Say
+) -> int:
+    try:
+        process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+    except OSError as error:
+        say(f"cannot run {command[0]}: {error.strerror or error}")
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    ended = spawn(process.wait(), "command")
+    keeping, stop = spawn(_kept(keeper, say), "register"), spawn(signals.get(), "signal")
+    await asyncio.wait([ended, keeping, stop], return_when=asyncio.FIRST_COMPLETED)
+    refused = keeping.done()
+    await _cancelled(keeping)
+    # A port that is closed already needs no pause; a command that still serves does.
+    if await keeper.leave() and not ended.done():
+        await asyncio.wait([ended], timeout=SETTLE)
+    if refused and not ended.done():
+        process.terminate()
+    while not ended.done():
+        if stop.done():
+            _forward(process, stop.result())
+            stop = spawn(signals.get(), "signal")
+        await asyncio.wait([ended, stop], return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    code = ended.result()
+    return 1 if refused else code if code >= 0 else 128 - code
+
+
+async def _kept(keeper: Keeper, say: Say) -> None:
+    """Ends, with a word to the user, only when the registry will never take the instance."""
+    try:
+        await keeper.run()
+    except RegistryRefused as error:
+        say(f"the registry refuses this instance: {error}")
+
+
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def _forward(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except ProcessLookupError:
+        return  # it has just ended; `ended` will tell
+
+
+@contextmanager
+def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
+    """The stop signals as a queue, while the block runs."""
+    queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, queue.put_nowait, number)
+    try:
+        yield queue
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
