@@ -103,7 +103,7 @@ def read(file: str, text: str) -> Text:
         result.faults.append(Fault(_unreadable(file, text), f"not YAML: {error.reason}"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = Mark(file, mark.line + 1, mark.column + 1) if mark else Mark(file, 1, 1)
+        at = _inside(file, text, mark.line, mark.column) if mark else Mark(file, 1, 1)
         context = f" {error.context}" if error.context else ""
         if error.context_mark and mark and error.context_mark.line != mark.line:
             context += f" that begins at line {error.context_mark.line + 1}"  # an unclosed bracket fails far below
@@ -247,6 +247,14 @@ def _resolve(text: str) -> Any:
 
 def _kind(value: Any) -> str:
     return {type(None): "null", bool: "bool", int: "int", float: "float"}.get(type(value), "str")
+
+
+def _inside(file: str, text: str, line: int, column: int) -> Mark:
+    """A fault at the end of the text is reported behind its last line: no editor can go to the line after it."""
+    lines = text.splitlines()
+    if line >= len(lines) > 0:
+        return Mark(file, len(lines), len(lines[-1]) + 1)
+    return Mark(file, line + 1, column + 1)
 
 
 def _unreadable(file: str, text: str) -> Mark:
