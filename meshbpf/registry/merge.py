@@ -231,7 +231,7 @@ def _refused_address(address: str, allow_loopback: bool) -> str:
     if why := addresses.unusable(address):
         return f"is {why}"
     if addresses.is_loopback(address) and not allow_loopback:
-        return "is a loopback address from a network registry: set allowLoopback to take it"
+        return "is on loopback and from a network registry: set allowLoopback to take it"
     return ""
 
 
