@@ -1,4 +1,4 @@
-"""Which carrier serves a port, and why. Pure; the only place that knows (plan, proxy, `services` and `explain` ask it)."""
+"""Which carrier serves a port, and why. Pure; the only place that knows: plan, proxy and the commands ask it."""
 
 from __future__ import annotations
 

@@ -12,12 +12,13 @@ import typer
 from loader import dataplane, environment
 from loader.instance import Instance
 from meshbpf import logs
+from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
 from meshbpf.errors import EnvironmentLack, MeshError
 from meshbpf.runtime import cgroup, stop
 from meshbpf.runtime.agent import Options
-from meshbpf.runtime.sources import load
+from meshbpf.runtime.sources import last_generation, once
 
 
 def register(app: typer.Typer) -> None:
@@ -38,13 +39,15 @@ def attach(
     """Compile, load, pin, attach and fill the tables, then exit: direct ports work with no process at all."""
     environment.require_capabilities()
     paths = options.cgroups(cgroup, allow_root_cgroup)
-    mesh = load(options.configuration(config))
     target = Instance(instance)
     with target.lock():
+        mesh = asyncio.run(once(options.configuration(config), instance, last_generation(target) + 1))
         dataplane.attach(target, paths, mesh)
-    governed = sum(1 for service, port, choice in mesh.choices() if choice.carrier != "direct")
-    ports = sum(len(service.ports) for service in mesh.services)
-    typer.echo(f"attached {instance} to {', '.join(map(str, paths))}: {len(mesh.services)} services, {ports} ports")
+    choices = [choose(port, mesh.policy_for(service)) for service in mesh.services for port in service.ports]
+    governed = sum(1 for choice in choices if choice.carrier is not Carrier.DIRECT)
+    typer.echo(
+        f"attached {instance} to {', '.join(map(str, paths))}: {len(mesh.services)} services, {len(choices)} ports"
+    )
     if governed:
         typer.echo(f"{governed} ports are governed: they follow onProxyDown until `meshbpf run`")
 

@@ -98,7 +98,11 @@ def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | Non
             steps.append(("endpoint", f"{endpoint.address}: has no port {port.name}, never picked"))
             continue
         count = shares.get(bytes(abi.EndpointValue(abi.pack_address(endpoint.address), number))[:18], 0)
-        why = f"{100 * count / total:.0f}% of new connections" if count else f"never picked: {endpoint.state}, weight {endpoint.weight}"
+        why = (
+            f"{100 * count / total:.0f}% of new connections"
+            if count
+            else f"never picked: {endpoint.state}, weight {endpoint.weight}"
+        )
         steps.append(("endpoint", f"{endpoint.address}:{number}, {why}"))
     if not total:
         steps.append(("verdict", f"{Reason.NO_ENDPOINT.word}: {TEXT[Reason.NO_ENDPOINT]}"))

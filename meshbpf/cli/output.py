@@ -38,7 +38,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def show(form: str, heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]], kind: str, wide: Sequence[str] = ()) -> None:
+def show(
+    form: str, heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]], kind: str, wide: Sequence[str] = ()
+) -> None:
     """Print rows. `heads` maps a row's key to its column head; `wide` keys are columns only in `-o wide`."""
     if form in ("json", "yaml"):
         structured(form, {kind: list(rows)})

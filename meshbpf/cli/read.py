@@ -15,8 +15,8 @@ import typer
 from loader import abi, dataplane, environment
 from loader.dataplane import Dataplane
 from loader.instance import Instance
-from meshbpf.cli import explain as explaining
 from meshbpf.cli import ask, output, view
+from meshbpf.cli import explain as explaining
 from meshbpf.cli.options import InstanceName, Output
 from meshbpf.errors import EnvironmentLack
 from meshbpf.model import Mesh
@@ -119,10 +119,20 @@ def _print_status(whole: dict[str, Any]) -> None:
     lines += [
         ("CGROUP", entry["path"] + ("" if entry["exists"] else "  (gone: attach again)")) for entry in whole["cgroups"]
     ]
-    lines.append(("MESH", f"generation {whole['generation']}, {output.age(whole['age_seconds'])} old, {whole['services']} services"))
+    lines.append(
+        (
+            "MESH",
+            f"generation {whole['generation']}, {output.age(whole['age_seconds'])} old, {whole['services']} services",
+        )
+    )
     lines.append(("CARRIERS", ", ".join(f"{name} {count}" for name, count in sorted(whole["carriers"].items())) or "-"))
     if agent:
-        lines.append(("AGENT", f"pid {agent['pid']}, {agent['ready']}/{agent['workers']} workers ready, {agent['restarts']} restarts"))
+        lines.append(
+            (
+                "AGENT",
+                f"pid {agent['pid']}, {agent['ready']}/{agent['workers']} workers ready, {agent['restarts']} restarts",
+            )
+        )
         lines.append(("ACCELERATION", agent["acceleration"]))
     else:
         lines.append(("AGENT", "not running: governed ports follow onProxyDown"))
@@ -135,7 +145,10 @@ def _print_status(whole: dict[str, Any]) -> None:
     for head, text in lines:
         typer.echo(f"{head.ljust(width)}  {text}")
     typer.echo("")
-    rows = [[fill["map"], fill["entries"], fill["capacity"], f"{100 * fill['entries'] / fill['capacity']:.1f}%"] for fill in whole["maps"]]
+    rows = [
+        [fill["map"], fill["entries"], fill["capacity"], f"{100 * fill['entries'] / fill['capacity']:.1f}%"]
+        for fill in whole["maps"]
+    ]
     typer.echo(output.table(["MAP", "ENTRIES", "CAPACITY", "FULL"], rows))
 
 
@@ -188,5 +201,3 @@ def version(form: Output = "table") -> None:
         return
     for name, value in values.items():
         typer.echo(f"{name.ljust(8)} {value}")
-
-

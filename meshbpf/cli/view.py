@@ -36,7 +36,9 @@ def services(plane: Dataplane, mesh: Mesh) -> list[dict[str, Any]]:
         policy = mesh.policy_for(service)
         for port in service.ports:
             choice = choose(port, policy)
-            ready = [e for e in service.endpoints if port.name in e.ports and e.state is EndpointState.READY and e.weight]
+            ready = [
+                e for e in service.endpoints if port.name in e.ports and e.state is EndpointState.READY and e.weight
+            ]
             opened, closed = counts.get((service.id, port.name), (0, 0))
             rows.append(
                 {
@@ -68,7 +70,9 @@ def _counts(plane: Dataplane, mesh: Mesh) -> dict[tuple[tuple[str, str], str], t
     return found
 
 
-def endpoints(plane: Dataplane, mesh: Mesh, only: Service | None, health: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def endpoints(
+    plane: Dataplane, mesh: Mesh, only: Service | None, health: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """`health` is what the workers saw of each endpoint (`address:port` → outcome counts); empty with no agent."""
     held = {bytes(value[:18]) for _key, value in plane.maps["endpoints"].items()}
     rows = []
@@ -85,7 +89,9 @@ def endpoints(plane: Dataplane, mesh: Mesh, only: Service | None, health: dict[s
                         "service": service.label,
                         "endpoint": host,
                         "port": name,
-                        "state": endpoint.state.value if key in held or name not in _kernel_ports(service) else "not_in_kernel",
+                        "state": endpoint.state.value
+                        if key in held or name not in _kernel_ports(service)
+                        else "not_in_kernel",
                         "weight": endpoint.weight,
                         "ok": seen.get("ok"),
                         "failed": seen.get("failed"),

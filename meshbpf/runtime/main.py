@@ -7,11 +7,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.runtime import api
 from meshbpf.runtime.agent import Agent, Options, attach
 from meshbpf.runtime.metrics import Metrics
-from meshbpf.runtime.sources import Sources, embedded_settings
-from meshbpf.registry.embedded import EmbeddedSource
+from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
 from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 
@@ -22,17 +22,22 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
     with options.instance.lock():
         embedded = EmbeddedSource(embedded_settings(configured, options.instance.name))
         await embedded.start()
-        sources = Sources(paths, embedded)
+        sources = Sources(paths, embedded, last_generation(options.instance))
         sources.start()
         mesh = await sources.first()
         plane = attach(options, mesh)
         agent = Agent(options, mesh, plane)
         metrics = Metrics(agent, sources)
         admin = await metrics.serve(mesh.agent.admin.listen)
-        runner = await api.serve(options.instance.socket, lambda: metrics.status(), embedded.registrar)
+        runner = await api.serve(options.instance.socket, metrics.status, embedded.registrar)
         try:
             await agent.start()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: (sources.files.reload(), agent.supervisor.reopen_logs()))
+
+            def reread() -> None:
+                sources.files.reload()
+                agent.supervisor.reopen_logs()
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
             follower = spawn(agent.follow(sources.meshes(mesh)), "follow sources")
             await agent.run()
             follower.cancel()

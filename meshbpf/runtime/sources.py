@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from meshbpf.model import EmbeddedRegistry, Mesh
+from loader.instance import Instance
+from meshbpf.model import Agent, EmbeddedRegistry, Mesh
 from meshbpf.registry import merge
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource
+from meshbpf.registry.store import Store
+from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 
 log = logging.getLogger("sources")
@@ -33,12 +36,12 @@ class Known:
 class Sources:
     """`first` waits for every source's first word, then `meshes` yields each different mesh that follows."""
 
-    def __init__(self, paths: Sequence[Path], embedded: EmbeddedSource) -> None:
+    def __init__(self, paths: Sequence[Path], embedded: EmbeddedSource, generation: int) -> None:
         self.files = FileSource(paths)
         self.embedded = embedded
         self._known = [Known(self.files), Known(embedded)]
         self._news = asyncio.Event()
-        self._generation = 0
+        self._generation = generation
         self._problems: tuple[str, ...] = ()
 
     def start(self) -> None:
@@ -75,21 +78,13 @@ class Sources:
     async def _merged(self) -> Mesh:
         snapshots = [known.snapshot for known in self._known if known.snapshot is not None]
         self._generation += 1
-        mesh, problems = merge.mesh(snapshots, self._generation)
-        pool = ipaddress.ip_network(mesh.agent.address_pool)
-        wanting = [service.id for service in mesh.services if not service.addresses]
-        named = {address for service in mesh.services for address in service.addresses}
-        given = await self.embedded.registrar.store.addresses(wanting, pool, named) if wanting else {}
-        services = tuple(
-            replace(service, addresses=(given[service.id],)) if service.id in given else service
-            for service in mesh.services
-        )
-        told = tuple(str(problem) for problem in problems)
+        merged = await united(snapshots, self.embedded.registrar.store, self._generation)
+        told = tuple(f"service={p.service} what={p.what} why={p.why}" for p in merged.problems)
         for problem in told:
             if problem not in self._problems:
-                log.warning("endpoint left out %s", problem)
+                log.warning("left out of the mesh %s", problem)
         self._problems = told
-        return replace(mesh, services=services)
+        return merged.mesh
 
     def report(self) -> list[dict[str, Any]]:
         """What `status` shows of every source."""
@@ -105,8 +100,37 @@ class Sources:
         ]
 
 
+async def united(snapshots: Sequence[Snapshot], store: Store, generation: int) -> merge.Merged:
+    """The mesh of all snapshots, every service that names no address with its own of the pool, which `store` keeps."""
+    agent = next((snapshot.agent for snapshot in snapshots if snapshot.agent is not None), Agent())
+    named = {a for snapshot in snapshots for service in snapshot.services for a in service.addresses}
+    known = {service.id for snapshot in snapshots for service in snapshot.services}
+    wanting = known - {service.id for snapshot in snapshots for service in snapshot.services if service.addresses}
+    given = await store.addresses(wanting, ipaddress.ip_network(agent.address_pool), named) if wanting else {}
+    return merge.mesh(snapshots, given, generation)
+
+
+async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
+    """The mesh of the files alone, for `attach`. Raises ConfigErrors."""
+    configured = load(paths)
+    snapshot = Snapshot(configured.services, tuple(configured.policies.values()), configured.agent, source="files")
+    store = Store(embedded_settings(configured, instance).store)
+    if all(service.addresses for service in configured.services):
+        return merge.mesh([snapshot], {}, generation).mesh
+    await store.open()
+    try:
+        return (await united([snapshot], store, generation)).mesh
+    finally:
+        await store.close()
+
+
 def embedded_settings(mesh: Mesh, instance: str) -> EmbeddedRegistry:
     """The configured embedded registry, or one that only the agent's unix socket reaches."""
     if mesh.agent.registries:
         return mesh.agent.registries[0]
     return EmbeddedRegistry(listen="", store=f"/var/lib/meshbpf/{instance}.db")
+
+
+def last_generation(instance: Instance) -> int:
+    """The generation that the kernel holds now: the next mesh's is higher, also after a restart."""
+    return int(instance.read_state().get("mesh", {}).get("generation", 0))

@@ -7,7 +7,6 @@ were made here.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from loader.instance import Instance
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 20.0
+Done = subprocess.CompletedProcess[str]
+CLI = (sys.executable, "-m", "meshbpf.cli")
 
 
 def free_port() -> int:
@@ -59,7 +59,6 @@ class Machine:
         self.agent_log = folder / "agent.log"
         self._processes: list[subprocess.Popen[Any]] = []
         self._namespaces: list[str] = []
-        self._stack = ExitStack()
 
     def __enter__(self) -> Machine:
         self.cgroup.mkdir(exist_ok=True)
@@ -111,20 +110,20 @@ class Machine:
 
     # --- commands ------------------------------------------------------------------------------------------------
 
-    def meshbpf(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def meshbpf(self, *arguments: str, **options: Any) -> Done:
         return subprocess.run(
-            [sys.executable, "-m", "meshbpf.cli", *arguments],
+            [*CLI, *arguments],
             capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, **options,
         )  # fmt: skip
 
-    def attach(self) -> subprocess.CompletedProcess[str]:
+    def attach(self) -> Done:
         done = self.meshbpf(
             "attach", "--cgroup", str(self.cgroup), "-c", str(self.folder / "config"), "--instance", self.instance.name
         )
         assert done.returncode == 0, done.stderr
         return done
 
-    def detach(self) -> subprocess.CompletedProcess[str]:
+    def detach(self) -> Done:
         return self.meshbpf("detach", "--instance", self.instance.name)
 
     def show(self, *arguments: str) -> dict[str, Any]:
@@ -140,8 +139,8 @@ class Machine:
         with self.agent_log.open("ab") as log:
             begin = log.tell()
             self.agent = subprocess.Popen(
-                [sys.executable, "-m", "meshbpf.cli", "run", *arguments, "--instance", self.instance.name, *more],
-                stderr=log, stdout=log, cwd=ROOT, preexec_fn=self._joiner(cgroup) if cgroup else None,
+                self._joined([*CLI, "run", *arguments, "--instance", self.instance.name, *more], cgroup),
+                stderr=log, stdout=log, cwd=ROOT,
             )  # fmt: skip
         self._processes.append(self.agent)
 
@@ -172,19 +171,19 @@ class Machine:
     def _in(self, netns: str | None) -> list[str]:
         return ["ip", "netns", "exec", netns] if netns else []
 
-    def _joiner(self, cgroup: Path | None = None) -> Callable[[], None]:
-        procs = (cgroup or self.cgroup) / "cgroup.procs"
-        return lambda: procs.write_text(str(os.getpid())) and None
+    def _joined(self, command: Sequence[str], cgroup: Path | None) -> list[str]:
+        """The command, run from inside `cgroup` (None: from where we are)."""
+        if cgroup is None:
+            return list(command)
+        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(cgroup / "cgroup.procs"), *command]
 
-    def client(self, *command: str, netns: str | None = None, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    def client(self, *command: str, netns: str | None = None, timeout: float = SECONDS) -> Done:
         """Run a command as an application of the mesh."""
-        return subprocess.run(
-            [*self._in(netns), *command],
-            capture_output=True, text=True, check=False, timeout=timeout, cwd=ROOT, preexec_fn=self._joiner(),
-        )  # fmt: skip
+        whole = self._joined([*self._in(netns), *command], self.cgroup)
+        return subprocess.run(whole, capture_output=True, text=True, check=False, timeout=timeout, cwd=ROOT)
 
     def start_client(self, *command: str, netns: str | None = None, **options: Any) -> subprocess.Popen[Any]:
-        return self.start([*self._in(netns), *command], preexec_fn=self._joiner(), **options)
+        return self.start(self._joined([*self._in(netns), *command], self.cgroup), **options)
 
     def curl(self, url: str, *more: str, netns: str | None = None) -> dict[str, Any]:
         """What an endpoint of ours answers to curl."""
@@ -215,7 +214,9 @@ class Machine:
         self._namespaces.remove(name)
 
 
-def service(name: str, address: str, ports: Sequence[int], protocol: str = "http", port: int = 80, **spec: Any) -> dict[str, Any]:
+def service(
+    name: str, address: str, ports: Sequence[int], protocol: str = "http", port: int = 80, **spec: Any
+) -> dict[str, Any]:
     """A Service document with loopback endpoints on `ports`."""
     return {
         "apiVersion": "meshbpf.io/v1",

@@ -1,4 +1,4 @@
-"""An endpoint for tests: HTTP/1.1 with keep-alive, answers with its name and what it saw. `server.py NAME [ADDRESS [PORT]]`.
+"""An endpoint for tests: HTTP/1.1, answers with its name and what it saw. `server.py NAME [ADDRESS [PORT]]`.
 
 Prints its port on stdout once it listens. GET /slow?s=3 answers after that many seconds; any other path at once.
 """
