@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Rule: the life of one meshbpf on this kernel: check, attach, calls, run, calls, detach, nothing left.
 # Each step prints `vm STEP PASS|FAIL seconds detail`; what a failed step said follows, indented. A later step is tried anyway.
-export PYTHONDONTWRITEBYTECODE=1
 readonly APPS=/sys/fs/cgroup/apps DIRECT=http://127.96.0.10/hello GOVERNED=http://127.96.0.11/hello
 cd /mesh/tests/vm || exit 1
 
@@ -20,7 +19,7 @@ until_true() { # process that must live, seconds, command...
 	local process=$1 end=$((SECONDS + $2))
 	shift 2
 	until "$@" >/dev/null 2>&1; do
-		kill -0 "$process" && [ $SECONDS -lt $end ] || return 1
+		kill -0 "$process" 2>/dev/null && [ $SECONDS -lt $end ] || return 1
 		sleep 0.2
 	done
 }
