@@ -1,0 +1,105 @@
+"""Chunked bodies: llhttp takes them apart, and they are written anew. No byte of the sender's framing goes on. Pure."""
+
+from __future__ import annotations
+
+import re
+
+import httptools
+
+LAST = b"0\r\n\r\n"
+_END = b"\r\n\r\n"
+_HEAD = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*+")
+# RFC 9110 6.5.1: fields that would change framing, routing or who is asking are no trailers.
+_NO_TRAILERS = frozenset(
+    b"authorization connection content-encoding content-length content-range content-type cookie expect host"
+    b" keep-alive proxy-connection set-cookie te trailer transfer-encoding upgrade x-request-id".split()
+)
+SLACK = 64 * 1024  # bytes of chunk framing and trailers that are borne however small the body is
+RATIO = 8  # … and per byte of body: one byte per chunk is slow but legal
+
+
+def encode(payload: bytes) -> bytes:
+    """One chunk."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+
+
+def last(trailers: bytes) -> bytes:
+    """The end of a chunked body."""
+    return b"0\r\n%b\r\n" % trailers if trailers else LAST
+
+
+class Dechunker:
+    """Feed bytes, read `payload`, `done`, `trailers`; `feed` says how many bytes belonged to this body, -1: refused."""
+
+    __slots__ = ("_body", "_parser", "_pieces", "_seen", "_started", "_tail", "done", "trailers")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._tail = b""
+        self._seen = 0
+        self._body = 0
+        self._started = False
+        self.done = False
+        self.trailers = b""
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(_HEAD)
+        self._started = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if not self._started or lower in _NO_TRAILERS or lower.startswith(b"x-meshbpf-"):
+            return
+        if not _VALUE.fullmatch(value):
+            raise ValueError
+        self.trailers += b"%b: %b\r\n" % (name, value)
+
+    def on_body(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._body += len(piece)
+
+    def on_message_complete(self) -> None:
+        self.done = True
+
+    def payload(self) -> bytes:
+        """The body bytes since the last call."""
+        pieces = self._pieces
+        if not pieces:
+            return b""
+        payload = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return payload
+
+    def feed(self, data: bytes) -> int:
+        # A body can only end behind CRLF CRLF. llhttp does not say where it stopped, so it is given the bytes up to
+        # each such place: when it is done there, and only there, the rest belongs to the next message.
+        size = len(data)
+        self._seen += size
+        view = memoryview(data)
+        at = 0
+        try:
+            for end in self._ends(data):
+                self._parser.feed_data(view[at:end])
+                at = end
+                if self.done:
+                    self._seen -= size - at
+                    return at
+            if at < size:
+                self._parser.feed_data(view[at:])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            return -1
+        if self.done or self._seen - self._body > SLACK + RATIO * self._body:
+            return -1
+        self._tail = data[-3:] if size >= 3 else (self._tail + data)[-3:]
+        return size
+
+    def _ends(self, data: bytes) -> list[int]:
+        """The places in `data` behind a CRLF CRLF, which may have begun in the data before."""
+        ends = []
+        tail = len(self._tail)
+        for place, back in ((self._tail + data[:3], tail), (data, 0)) if tail else ((data, 0),):
+            at = place.find(_END)
+            while at >= 0:
+                ends.append(at + 4 - back)
+                at = place.find(_END, at + 2)
+        return ends

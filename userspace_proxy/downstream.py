@@ -1,0 +1,429 @@
+"""One connection of a calling application: reads requests, one exchange at a time and in order, and ends properly.
+
+What an exchange does is not known here; what is here is heads, pipelining, when to read, and how a connection ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import TYPE_CHECKING, cast
+
+from meshbpf.reason import Reason
+from meshbpf.record import Record
+from userspace_proxy.acceleration import Membership
+from userspace_proxy.exchange import Exchange
+from userspace_proxy.head import (
+    ABSOLUTE,
+    AUTHORITY,
+    BAD,
+    BARE,
+    END,
+    LINE,
+    TOO_LARGE,
+    TOO_LONG_LINE,
+    Fault,
+    RequestFields,
+    request_fields,
+)  # fmt: skip
+from userspace_proxy.reply import CLOSE, LINE_TOO_LONG, REPLIES
+from userspace_proxy.upstream import MEMO
+from userspace_proxy.wire import reset
+
+if TYPE_CHECKING:
+    from userspace_proxy.origin import Origin
+    from userspace_proxy.route import Route, Target
+    from userspace_proxy.server import Proxy
+    from userspace_proxy.tunnel import Tunnel
+
+PREFACE = b"PRI * HTTP/2.0\r\n"
+LISTENS, LINGERS, RELAYS = 0, 1, 2  # what is done with bytes: served; thrown away behind the last answer; kept
+PARKED = 1  # why the caller is not read: enough of what it sent waits (others: UPSTREAM_FULL, UNATTACHED)
+METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")}
+VERSIONS = {b"0": "HTTP/1.0", b"1": "HTTP/1.1"}
+
+
+class Downstream(asyncio.Protocol):
+    __slots__ = (
+        "_busy", "_deaf", "_fields", "_headed", "_join_at", "_lines", "_parked", "_remote", "_scanned", "_served",
+        "_tunnel", "deadline", "due", "ending", "eof", "exchange", "full", "held", "limits", "lost", "membership",
+        "netns", "now", "origin", "proxy", "route", "transport", "version_10",
+    )  # fmt: skip
+
+    def __init__(self, proxy: Proxy, netns: int) -> None:
+        self.proxy = proxy
+        self.netns = netns
+        self.limits = proxy.limits
+        self.now = proxy.clock
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
+        self.origin: Origin = cast("Origin", None)
+        self.route: Route | None = None
+        self.exchange: Exchange | None = None
+        self.membership: Membership | None = None
+        self.deadline = self.due = inf
+        self.held = 0  # why the caller is not read, as bits
+        self.full = False  # the caller does not take what we write
+        self.eof = False  # the caller will send no more
+        self.lost = False
+        self.version_10 = False
+        self.ending = CLOSE
+        self._parked = b""  # bytes of requests that are not served yet
+        self._scanned = 0  # of which no line ends badly, and no head ends, before here
+        self._headed = False  # part of a head is here
+        self._busy = False  # `_advance` is at work
+        self._deaf = LISTENS
+        self._served = 0
+        self._join_at = proxy.limits.join_after
+        self._lines: bytes | None = None
+        self._fields: RequestFields = cast(RequestFields, None)
+        self._remote = ""
+        self._tunnel: Tunnel | None = None
+
+    # the connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        proxy = self.proxy
+        origin = proxy.lookup(self.netns, peer[0], peer[1]) if peer else None
+        if origin is None:
+            proxy.direct_hit()
+            self.lost = True
+            self.transport.abort()
+            return
+        self.origin = origin
+        self._remote = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+        self.route = proxy.table.by_address.get((origin.address, origin.port))
+        proxy.opened(self)
+        if self.route is not None and not self.route.http:
+            self._deaf = RELAYS
+            proxy.loop.call_soon(self._relay)  # the loop begins to read behind us: the relay must come after that
+            return
+        proxy.wheel.at(self, self.now() + self.limits.keep_alive)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.origin is None:
+            return
+        self.lost = True
+        self.proxy.closed(self)
+        self.proxy.wheel.drop(self)
+        self.membership = None
+        if self.exchange is not None:
+            self.exchange.fail(Reason.DOWNSTREAM_CLOSED, hard=exc is not None)
+
+    def eof_received(self) -> bool:
+        """A caller may close its side and still wait for the answer: with plain TCP it would get it."""
+        self.eof = True
+        exchange = self.exchange
+        if exchange is None or self._deaf:
+            return self._deaf == RELAYS
+        if not exchange.whole_request:
+            self.lost = True
+            exchange.fail(Reason.DOWNSTREAM_CLOSED)
+            return False
+        if not self._parked:
+            exchange.half_close()
+        return True
+
+    def hold(self, why: int) -> None:
+        if not self.held:
+            self.transport.pause_reading()
+        self.held |= why
+
+    def free(self, why: int) -> None:
+        self.held &= ~why
+        if not self.held and not self.eof and not self.lost:
+            self.transport.resume_reading()
+
+    def pause_writing(self) -> None:
+        self.full = True
+        if self.exchange is not None and self.exchange.upstream is not None:
+            self.exchange.upstream.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.full = False
+        if self.exchange is not None:
+            if self.exchange.upstream is not None:
+                self.exchange.upstream.transport.resume_reading()
+        elif self._parked and not self._deaf:
+            self._advance(b"")
+
+    # requests
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            if self._deaf == LISTENS:
+                self._advance(data)
+            elif self._deaf == RELAYS:
+                self._park(data)
+        elif exchange.whole_request:
+            self._park(data)
+        else:
+            rest = exchange.feed(data)
+            if rest:
+                self._park(rest)
+
+    def _park(self, data: bytes) -> None:
+        self._parked = self._parked + data if self._parked else data
+        if len(self._parked) > self.limits.parked:
+            self.hold(PARKED)
+
+    def _advance(self, data: bytes) -> None:
+        """Serve the requests in what is parked and `data`, until one is on its way or the bytes are used up."""
+        if self._parked:
+            data = self._parked + data
+            self._parked = b""
+        if self.held:
+            self.free(PARKED)
+        self._busy = True
+        while data:
+            if data.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before a request is ignored
+                data = data[2:]
+                continue
+            end = data.find(END, max(0, self._scanned - 3))
+            if end < 0:
+                self._await_head(data)
+                break
+            self._scanned = 0
+            data = self._open(data, end)
+            if self.exchange is not None:
+                if data:
+                    self._park(data)
+                break
+            if self._deaf or self.lost:
+                break
+            if self.full:
+                self._parked = data
+                self.hold(PARKED)
+                break
+        self._busy = False
+
+    def _await_head(self, data: bytes) -> None:
+        """Keep part of a head, unless it is already clear that it can be no good."""
+        limits = self.limits
+        self._parked = data
+        if not self._headed:
+            self._headed = True
+            self.until(self.now() + limits.head_timeout)
+        if BARE.search(data, max(0, self._scanned - 1)):
+            self._refuse(BAD)
+        elif len(data) > limits.request_line and b"\r\n" not in data[: limits.request_line + 2]:
+            self._refuse(TOO_LONG_LINE)
+        elif len(data) > limits.head:
+            self._refuse(TOO_LARGE)
+        self._scanned = len(data)
+
+    def _open(self, data: bytes, end: int) -> bytes:
+        """Begin the exchange whose head ends at `end`; returns the bytes behind its request."""
+        limits = self.limits
+        self._headed = False
+        line = LINE.match(data)
+        if line is None:
+            if data.startswith(PREFACE) and self._served == 0 and self.route is not None:
+                self._deaf = RELAYS
+                self._parked = data
+                self._relay()
+            else:
+                at = data.find(b"\r\n")
+                self._refuse(TOO_LONG_LINE if at > limits.request_line else BAD)
+            return b""
+        at = line.end()
+        if at > limits.request_line + 2:
+            self._refuse(TOO_LONG_LINE)
+            return b""
+        if end > limits.head:
+            self._refuse(TOO_LARGE)
+            return b""
+        method, target, version = line.groups()
+        lines = data[at : end + 2]
+        name = METHODS.get(method) or method.decode()
+        path = target.decode("latin-1")
+        if lines == self._lines and version == b"1" and target[0] == 47:
+            fields = self._fields
+            first = data[:at]
+        else:
+            read = self._read(name, target, version, lines)
+            if isinstance(read, Fault):
+                self._refuse(read, name, path)
+                return b""
+            fields, first = read
+        self.version_10 = version == b"0"
+        request_id = fields.request_id
+        if request_id is None:
+            request_id = self.proxy.ids.next()
+            request = b"".join((first, fields.out, b"x-request-id: ", request_id.encode(), END))
+        else:
+            request = b"".join((first, fields.out, b"\r\n"))
+        started = self.now()
+        record = self._record(name, path)
+        record.authority = fields.authority
+        record.request_id = request_id
+        record.protocol = VERSIONS[version]
+        record.trace_id = fields.trace_id
+        record.user_agent = fields.user_agent
+        record.x_forwarded_for = fields.forwarded_for
+        exchange = self.exchange = Exchange(self, self.route, fields, request, record, started)
+        return exchange.start(data[end + 4 :])
+
+    def _read(self, method: str, target: bytes, version: bytes, lines: bytes) -> tuple[RequestFields, bytes] | Fault:
+        """The fields and the request line to send, for a head that is not like the one before."""
+        host: bytes | None = None
+        if method == "CONNECT":
+            return Fault(Reason.CONNECT_METHOD, 405)
+        if target[0] != 47 and not (target == b"*" and method == "OPTIONS"):
+            absolute = ABSOLUTE.fullmatch(target)
+            if absolute is None or not AUTHORITY.fullmatch(absolute[1]):
+                return BAD
+            host, target = absolute.groups()
+            if not target:
+                target = b"*" if method == "OPTIONS" else b"/"
+            elif target[0] != 47:
+                target = b"/" + target
+        route, origin = self.route, self.origin
+        dialled = route.dialled if route is not None else f"{origin.address}:{origin.port}".encode()
+        fields = request_fields(lines, 1 if version == b"1" else 0, host, dialled, self.limits)
+        if isinstance(fields, Fault):
+            return fields
+        if version == b"1" and host is None and len(lines) <= MEMO:
+            self._lines, self._fields = lines, fields
+        return fields, b"%b %b HTTP/1.1\r\n" % (method.encode(), target)
+
+    def _record(self, method: str | None, path: str | None) -> Record:
+        route, proxy = self.route, self.proxy
+        record = Record(route.service if route is not None else "", proxy.wall(), self.origin.workload, self._remote)
+        record.method = method
+        record.path = path
+        return record
+
+    def _refuse(self, fault: Fault, method: str | None = None, path: str | None = None) -> None:
+        """Answer a head that cannot be served, and end the connection: what follows it cannot be trusted."""
+        reply = LINE_TOO_LONG if fault is TOO_LONG_LINE else REPLIES[fault.reason]
+        head_only = method == "HEAD"
+        record = self._record(method, path)
+        record.reason = reply.reason.word
+        record.response_code = reply.status
+        record.response_flags = reply.flag
+        record.response_code_details = reply.details
+        record.bytes_sent = 0 if head_only else reply.size
+        self._parked = b""
+        self.transport.write(reply.bytes(CLOSE, head_only))
+        self.proxy.sink(record)
+        self._linger()
+
+    # the end of an exchange, and of the connection
+
+    def answered(self, exchange: Exchange, now: float, ending: int, broken: bool) -> None:
+        """The exchange has ended, and the caller's connection goes on as `ending` says."""
+        self.exchange = None
+        self._served += 1
+        if self._tunnel is not None:
+            self.proxy.closed(self)
+        elif self.lost:
+            return
+        elif broken:
+            # No fake end: the caller must see that the answer is not the whole of it.
+            self.lost = True
+            reset(self.transport)
+        elif ending == CLOSE:
+            if exchange.whole_request and not self._parked:
+                self.transport.close()
+            else:
+                self._linger()
+        else:
+            self.proxy.wheel.at(self, now + self.limits.keep_alive)
+            if self._parked:
+                if not self._busy and not self.full:
+                    self._advance(b"")
+            elif self._served >= self._join_at and self.proxy.accelerator is not None:
+                self._join()
+
+    def _linger(self) -> None:
+        """Say that no more is read, and wait a little: closing at once could cost the caller the answer."""
+        self._deaf = LINGERS
+        self._parked = b""
+        self.held = 0
+        self.leave()
+        if self.eof:
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.until(self.now() + self.limits.linger)
+
+    def until(self, deadline: float) -> None:
+        self.proxy.wheel.at(self, deadline)
+
+    def expired(self, now: float) -> float:
+        """The wheel: `deadline` has passed, of whatever the connection is waiting for."""
+        if self.exchange is not None:
+            return self.exchange.expired(now)
+        if self._deaf:
+            self.transport.abort()
+        elif self._headed:
+            self._refuse(Fault(Reason.HEAD_TIMEOUT, 408))
+            return self.deadline
+        else:
+            self.transport.close()
+        return inf
+
+    @property
+    def closing(self) -> bool:
+        """Is the answer now being written the last one?"""
+        return self.eof or self.proxy.draining
+
+    def drain(self) -> None:
+        """Shutdown begins: close at once when idle, else with the next answer."""
+        if self.exchange is None and not self._headed and not self._deaf and self._tunnel is None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Shutdown is over."""
+        if self._tunnel is not None:
+            self._tunnel.abort(Reason.DRAINING)
+        elif self.exchange is not None:
+            self.exchange.fail(Reason.DRAINING)
+        self.transport.abort()
+
+    # other carriers of the bytes
+
+    def become_tunnel(self, tunnel: Tunnel) -> bytes:
+        """From now on the tunnel has the transport; returns what the caller sent ahead of time."""
+        self._tunnel = tunnel
+        self.proxy.wheel.drop(self)
+        early, self._parked = self._parked, b""
+        if self.held and not self.eof:
+            self.transport.resume_reading()
+        self.held = 0
+        return early
+
+    def _relay(self) -> None:
+        """Not HTTP/1: the TCP relay takes the transport, with the bytes that were read already."""
+        route = self.route
+        if self.lost or route is None:
+            return
+        self.lost = True
+        self.proxy.closed(self)
+        self.proxy.wheel.drop(self)
+        self.proxy.relay(self.transport, route, self.origin, self._remote, self._parked, self.eof)
+
+    def _join(self) -> None:
+        """Enter the redirect table when really nothing is under way."""
+        accelerator = self.proxy.accelerator
+        if accelerator is None or self.membership is not None or self.transport.get_write_buffer_size():
+            return
+        peer, local = self.transport.get_extra_info("peername"), self.transport.get_extra_info("sockname")
+        self.membership = accelerator.join(self.netns, peer[0], peer[1], local[0], local[1])
+        # Refused: the reason may pass, so ask again, but ever more rarely.
+        self._join_at = self._served * 2
+
+    def leave(self) -> None:
+        """Leave the redirect table, before an answer that must not go through it."""
+        if self.membership is not None:
+            membership, self.membership = self.membership, None
+            self._join_at = self._served + self.limits.join_after
+            membership.leave()
+
+    def count_attempt(self, route: Route, target: Target, outcome: str) -> None:
+        """An attempt that another one follows."""
+        self.proxy.attempt(route.service, target.label, outcome)

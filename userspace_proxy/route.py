@@ -1,0 +1,142 @@
+"""What an address of the mesh leads to: routes and targets, prepared when a mesh arrives. No sockets here.
+
+A Route is one port of one service. Routes and targets live on by identity when the mesh changes: their counts, pools
+and schedules are those of before, and whoever holds one sees the new policy with the next request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from meshbpf.model import DEFAULT_POLICY, EndpointState, Mesh, Port, Protocol, Service, ServicePolicy
+from meshbpf.policy.balance import Balancer, Host, balancer
+from userspace_proxy.stats import endpoint_label
+
+if TYPE_CHECKING:
+    from userspace_proxy.pool import Pool
+    from userspace_proxy.upstream import Upstream
+
+Identity = tuple[str, str, str, int]
+
+
+class Target(Host):
+    """An endpoint as the proxy uses it. `idle`: connections that wait for a request, by namespace, newest last."""
+
+    __slots__ = ("gone", "idle", "label")
+
+    def __init__(self, address: str, port: int) -> None:
+        super().__init__(address, port)
+        self.label = endpoint_label(address, port)
+        self.idle: dict[int, list[Upstream]] = {}
+        self.gone = False  # left the mesh: what it serves now is its last
+
+
+class Route:
+    """One port of one service. `service` is its label; `in_flight` the cell of a gauge."""
+
+    __slots__ = (
+        "balancer", "dialled", "in_flight", "per_try", "policy", "pool", "port", "protocol", "request", "service",
+        "source", "targets",
+    )  # fmt: skip
+
+    def __init__(self, service: str, port: Port, pool: Callable[[Route], Pool], in_flight: list[int]) -> None:
+        self.service = service
+        self.port = port
+        self.protocol = port.protocol
+        self.policy: ServicePolicy = DEFAULT_POLICY
+        self.source: Service | None = None
+        self.targets: tuple[Target, ...] = ()
+        self.balancer: Balancer[Target] = balancer(DEFAULT_POLICY.load_balancer.simple, ())
+        self.in_flight = in_flight
+        self.request = 0.0
+        self.per_try = 0.0
+        self.dialled = f"{service}:{port.port}".encode()
+        self.pool = pool(self)
+
+    def update(self, service: Service, port: Port, policy: ServicePolicy, targets: tuple[Target, ...]) -> None:
+        """Follow a new mesh. The balancer keeps its place in the round when nothing about the hosts changed."""
+        same = self.source == service and self.policy.load_balancer == policy.load_balancer
+        self.port = port
+        self.protocol = port.protocol
+        self.policy = policy
+        self.source = service
+        self.request = policy.timeouts.request
+        self.per_try = policy.timeouts.per_try
+        if not same:
+            self.targets = targets
+            self.balancer = balancer(policy.load_balancer.simple, targets)
+        self.pool.follow(policy)
+
+    @property
+    def http(self) -> bool:
+        return self.protocol is Protocol.HTTP
+
+
+def canonical(address: str) -> str:
+    """One spelling per address, that of the kernel's tables."""
+    return ip_address(address).compressed
+
+
+class Table:
+    """All routes, by identity and by the address that applications dial."""
+
+    __slots__ = ("_in_flight", "_pool", "_routes", "_targets", "by_address")
+
+    def __init__(self, pool: Callable[[Route], Pool], in_flight: Callable[[str], list[int]]) -> None:
+        self._pool = pool
+        self._in_flight = in_flight
+        self._routes: dict[tuple[str, str, int], Route] = {}
+        self._targets: dict[Identity, Target] = {}
+        self.by_address: dict[tuple[str, int], Route] = {}
+
+    def use(self, mesh: Mesh) -> list[Target]:
+        """Follow `mesh`; returns the targets that left it. New connections see all of it or nothing of it."""
+        routes: dict[tuple[str, str, int], Route] = {}
+        targets: dict[Identity, Target] = {}
+        by_address: dict[tuple[str, int], Route] = {}
+        for service in mesh.services:
+            policy = mesh.policy_for(service)
+            addresses = [canonical(address) for address in service.addresses]
+            for port in service.ports:
+                if port.protocol is Protocol.UDP:
+                    continue
+                key = (*service.id, port.port)
+                route = self._routes.get(key)
+                if route is None:
+                    route = Route(service.label, port, self._pool, self._in_flight(service.label))
+                routes[key] = route
+                route.update(service, port, policy, self._targets_of(service, port, targets))
+                for address in addresses:
+                    by_address[(address, port.port)] = route
+        left = [target for key, target in self._targets.items() if key not in targets]
+        for target in left:
+            target.gone = True
+        for key, route in self._routes.items():
+            if key not in routes:
+                route.targets = ()
+                route.balancer = balancer(DEFAULT_POLICY.load_balancer.simple, ())
+        self._routes, self._targets, self.by_address = routes, targets, by_address
+        return left
+
+    def targets(self) -> Iterable[Target]:
+        return self._targets.values()
+
+    def _targets_of(self, service: Service, port: Port, into: dict[Identity, Target]) -> tuple[Target, ...]:
+        found = []
+        for endpoint in service.endpoints:
+            number = endpoint.ports.get(port.name)
+            if number is None:
+                continue
+            address = canonical(endpoint.address)
+            key = (*service.id, address, number)
+            target = into.get(key) or self._targets.get(key)
+            if target is None:
+                target = Target(address, number)
+            target.weight = endpoint.weight
+            target.draining = endpoint.state is EndpointState.DRAINING
+            target.gone = False
+            into[key] = target
+            found.append(target)
+        return tuple(found)

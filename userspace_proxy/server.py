@@ -1,0 +1,194 @@
+"""The proxy of one worker: what all its connections share, its listeners, its mesh, and how it ends.
+
+Composition only: connections are `downstream`, requests `exchange`, endpoints `upstream` and `pool`, TCP `tcp`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from meshbpf.model import Mesh
+from meshbpf.reason import Reason
+from meshbpf.record import Record
+from meshbpf.tasks import spawn
+from userspace_proxy.acceleration import Accelerator
+from userspace_proxy.downstream import Downstream
+from userspace_proxy.limits import DEFAULT_LIMITS, Limits
+from userspace_proxy.origin import Lookup, Origin
+from userspace_proxy.pool import Pool
+from userspace_proxy.requestid import RequestIds
+from userspace_proxy.route import Route, Table, Target
+from userspace_proxy.stats import Stats
+from userspace_proxy.tcp import relay, relays_of
+from userspace_proxy.wheel import Wheel
+
+BACKLOG = 4096
+
+
+class Listener(Protocol):
+    """What `create_server` gives: something to close."""
+
+    def close(self) -> None: ...
+
+
+class Proxy:
+    """One per worker, made inside its running loop. `stats` is told what has no record of its own."""
+
+    def __init__(
+        self,
+        lookup: Lookup,
+        sink: Callable[[Record], None],
+        make_socket: Callable[[int, int], socket.socket],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        rnd: Callable[[], float] = random.random,
+        accelerator: Accelerator | None = None,
+        stats: Stats | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.lookup = lookup
+        self.sink = sink
+        self.make_socket = make_socket
+        self.clock = clock
+        self.wall = wall
+        self.rnd = rnd
+        self.accelerator = accelerator
+        self.limits = limits
+        self.ids = RequestIds()
+        self.wheel = Wheel(self.loop, clock, limits.tick)
+        self.draining = False
+        self._stats = stats if stats is not None else Stats()
+        self.table = Table(partial(Pool, self), self._stats.in_flight)
+        self._connections: set[Downstream] = set()
+        self._listeners: dict[int, list[socket.socket]] = {}
+        self._servers: dict[socket.socket, Listener] = {}
+        self._idle: asyncio.Event | None = None
+
+    def use(self, mesh: Mesh) -> None:
+        """Serve `mesh` from now on. What is under way goes on; targets that left lose their idle connections."""
+        left = self.table.use(mesh)
+        for target in left:
+            for idle in target.idle.values():
+                for upstream in list(idle):
+                    upstream.discard()
+
+    def listen(self, netns: int, sock: socket.socket) -> None:
+        """Accept what `sock`, which listens already, is given. The caller keeps its own copy of the socket."""
+        own = sock.dup()
+        own.setblocking(False)
+        self._listeners.setdefault(netns, []).append(own)
+        spawn(self._serve(netns, own), "listen")
+
+    async def _serve(self, netns: int, own: socket.socket) -> None:
+        server = await self.loop.create_server(partial(Downstream, self, netns), sock=own, backlog=BACKLOG)
+        if own in self._listeners.get(netns, ()):
+            self._servers[own] = server
+        else:  # unlistened before it began
+            server.close()
+
+    def unlisten(self, netns: int) -> None:
+        """Accept no more in this namespace; its connections live on."""
+        for own in self._listeners.pop(netns, []):
+            server = self._servers.pop(own, None)
+            if server is not None:
+                server.close()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more connections, close idle ones, let requests finish; whatever is left after `seconds` is cut."""
+        self.draining = True
+        for netns in list(self._listeners):
+            self.unlisten(netns)
+        self._idle = asyncio.Event()
+        for connection in list(self._connections):
+            connection.drain()
+        relays = relays_of(self.loop)
+        until = self.loop.time() + seconds
+        while (self._connections or relays) and (left := until - self.loop.time()) > 0:
+            if self._connections:
+                try:
+                    async with asyncio.timeout(left):
+                        await self._idle.wait()
+                except TimeoutError:
+                    break
+            else:
+                await asyncio.sleep(min(left, self.limits.tick))
+        for connection in list(self._connections):
+            connection.abort()
+        relays.close(Reason.DRAINING)
+        for target in self.table.targets():
+            for idle in target.idle.values():
+                for upstream in list(idle):
+                    upstream.discard()
+        await asyncio.sleep(0)  # what was closed above is told
+        self.wheel.stop()
+
+    @property
+    def open_connections(self) -> int:
+        """Connections of applications, relayed ones included."""
+        return len(self._connections) + len(relays_of(self.loop))
+
+    # what connections tell
+
+    def direct_hit(self) -> None:
+        """A connection that no connect hook led here."""
+        self._stats.verdict(Reason.NO_ORIGIN)
+
+    def opened(self, connection: Downstream) -> None:
+        self._connections.add(connection)
+        route = connection.route
+        service = route.service if route is not None else ""
+        self._stats.opened("outbound", connection.origin.workload, service, "proxy")
+
+    def closed(self, connection: Downstream) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+            route = connection.route
+            self._stats.closed(route.service if route is not None else "", "proxy")
+            if self._idle is not None and not self._connections:
+                self._idle.set()
+
+    def attempt(self, service: str, endpoint: str, outcome: str) -> None:
+        self._stats.attempt(service, endpoint, outcome)
+
+    def relay(
+        self, transport: asyncio.Transport, route: Route, origin: Origin, remote: str, initial: bytes, eof: bool
+    ) -> None:
+        """Hand `transport` to the TCP relay, for a port that is not HTTP or a caller that speaks HTTP/2."""
+        self._stats.opened("outbound", origin.workload, route.service, "proxy")
+        tried: Target | None = None
+
+        def pick() -> Target | None:
+            nonlocal tried
+            tried = route.balancer.pick(self.rnd, tried) or tried
+            return tried
+
+        def attempted(host: object, outcome: str) -> None:
+            assert isinstance(host, Target)
+            self._stats.attempt(route.service, host.label, outcome)
+
+        def ended(record: Record) -> None:
+            if route.http and record.reason is None:
+                record.reason = Reason.HTTP2_NOT_YET.word
+            self._stats.closed(route.service, "proxy")
+            self.sink(record)
+
+        relay(
+            self.loop,
+            transport,
+            pick=pick,
+            make_socket=self.make_socket,
+            netns=origin.netns,
+            record=Record(route.service, self.wall(), origin.workload, remote),
+            sink=ended,
+            policy=route.policy,
+            initial=initial,
+            eof=eof,
+            attempted=attempted,
+        )
