@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from meshbpf.model import Mesh
 from meshbpf.registry.embedded import EmbeddedSource
+from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api
-from meshbpf.runtime.agent import Agent, Options, attach
+from meshbpf.runtime.agent import Agent, Options, attach, split_listen
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
 from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 
 
+def own_ports(mesh: Mesh) -> frozenset[int]:
+    """Ports of ours that no instance may name as its own: it would lead callers into the mesh itself."""
+    listens = [mesh.agent.proxy.listen, mesh.agent.admin.listen, *(r.listen for r in mesh.agent.registries)]
+    return frozenset(split_listen(listen)[1] for listen in listens if listen)
+
+
 async def serve(options: Options, paths: Sequence[Path]) -> None:
     """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
     configured = load(paths)
     with options.instance.lock():
-        embedded = EmbeddedSource(embedded_settings(configured, options.instance.name))
+        rules = Rules(
+            own_ports=own_ports(configured),
+            service_networks=(ipaddress.ip_network(configured.agent.address_pool),),
+            service_addresses=frozenset(a for service in configured.services for a in service.addresses),
+        )
+        embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
         await embedded.start()
         sources = Sources(paths, embedded, last_generation(options.instance))
         sources.start()
@@ -28,7 +42,6 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         plane = attach(options, mesh)
         agent = Agent(options, mesh, plane)
         metrics = Metrics(agent, sources)
-        admin = await metrics.serve(mesh.agent.admin.listen)
         runner = await api.serve(options.instance.socket, metrics.status, embedded.registrar)
         try:
             await agent.start()
@@ -43,6 +56,5 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
             follower.cancel()
         finally:
             await runner.cleanup()
-            await admin.cleanup()
             options.instance.socket.unlink(missing_ok=True)
             plane.close()
