@@ -6,6 +6,9 @@
 #define HEARTBEAT_MAX_NS 1000000000
 #define LISTENER_PRIORITY 28002
 #define CREDIT_BYTES 1048576
+#define PUBLISH_BYTES 16384
+#define PROVEN 4294967296
+#define COMMAND_OFFSET 16
 #define EVENTS_BYTES 262144
 #define PICK_TRIES 4
 
@@ -61,14 +64,25 @@ enum reason {
 	REASON_NOT_ESTABLISHED = 26,
 	REASON_READER_MAY_SPLICE = 27,
 	REASON_PROXY_ABSENT = 28,
+	REASON_SOCKET_TAKEN = 29,
+	REASON_SENDER_ZEROCOPY = 30,
+	REASON_PEER_SENDING = 31,
+	REASON_READER_UNCHECKED = 32,
+	REASON_NO_STAGE = 33,
+};
+
+enum side {
+	SIDE_APPLICATION = 0,
+	SIDE_PROXY = 1,
 };
 
 enum op {
 	OP_LOOK = 0,
 	OP_JOIN = 1,
-	OP_BIND = 2,
-	OP_UNBIND = 3,
-	OP_LEAVE = 4,
+	OP_ROOM = 2,
+	OP_LEAVE = 3,
+	OP_DRAIN = 4,
+	OP_REFUSE = 5,
 };
 
 struct service_key {
@@ -167,33 +181,44 @@ struct event {
 _Static_assert(sizeof(struct event) == 16, "event");
 
 struct member_key {
+	u64 pair;
+	u32 side;
+	u32 pad;
+};
+_Static_assert(sizeof(struct member_key) == 16, "member_key");
+
+struct member {
+	u64 pair;
+	u64 sent;
+	u32 side;
+	u32 pad;
+};
+_Static_assert(sizeof(struct member) == 24, "member");
+
+struct pair {
+	u64 proof[2];
+	u64 sent[2];
+	u64 read[2];
 	u64 netns;
+	u8 application[16];
+	u16 application_port;
+	u16 pad;
+	u32 pid;
+};
+_Static_assert(sizeof(struct pair) == 80, "pair");
+
+struct command {
+	u64 pair;
+	u64 netns;
+	u64 room;
 	u8 local[16];
 	u8 remote[16];
 	u16 local_port;
 	u16 remote_port;
-	u32 pad;
-};
-_Static_assert(sizeof(struct member_key) == 48, "member_key");
-
-struct member {
-	struct member_key peer;
-	u64 sent;
-	u64 credit_base;
-	u32 proven_seq;
-	u8 bound;
-	u8 application;
-	u16 pad;
-};
-_Static_assert(sizeof(struct member) == 72, "member");
-
-struct command {
-	struct member_key downstream;
 	u32 op;
+	u32 side;
 	u32 reason;
-	u32 tcp_unread;
-	u32 redirect_unread;
-	u32 unacked;
+	u32 pid;
 	u32 pad;
 };
-_Static_assert(sizeof(struct command) == 72, "command");
+_Static_assert(sizeof(struct command) == 80, "command");

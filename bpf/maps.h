@@ -14,6 +14,7 @@
 		_leaf leaf;                                                                                    \
 		_leaf *(*lookup)(_key *);                                                                      \
 		int (*update)(_key *, _leaf *);                                                                \
+		int (*insert)(_key *, _leaf *);                                                                \
 		int (*delete)(_key *);                                                                         \
 		void (*call)(void *, int);                                                                     \
 		void *(*sk_storage_get)(void *, void *, int);                                                  \
@@ -51,3 +52,15 @@ TABLE("percpu_hash", u32, struct connection_count, connections, SIZE_POLICIES, B
 TABLE("percpu_array", int, u64, counters, COUNTERS, 0);
 /* callers in a namespace without a listener. Reader: agent. */
 TABLE("ringbuf", int, int, events, EVENTS_BYTES, 0);
+
+#if REDIRECT
+/* pair and side -> socket. Writer: command. Reader: redirect. A leaf of 8 bytes lets user space read the cookie. */
+TABLE("sockhash", struct member_key, u64, socks, SIZE_MEMBERS, 0);
+/* per socket: the pair it is in. Writers: command, redirect. */
+TABLE("sk_storage", int, struct member, members, 0, BPF_F_NO_PREALLOC);
+/* pair -> its binding. Writers: command, redirect. LRU, because a killed worker cannot clean up after itself; it has
+ * room for more pairs than `socks` has for sockets, so that only leavings are ever evicted. */
+TABLE("lru_hash", u64, struct pair, pairs, SIZE_MEMBERS, 0);
+/* 0 -> the current redirect program. Writer: loader. Reader: the stub. */
+TABLE("prog", int, u32, stages, 1, 0);
+#endif

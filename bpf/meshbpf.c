@@ -5,3 +5,7 @@
 #define __always_inline inline __attribute__((always_inline))
 #include "connect.c"
 #include "sockops.c"
+#if REDIRECT
+#include "command.c"
+#include "redirect.c"
+#endif

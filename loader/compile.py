@@ -1,7 +1,7 @@
 """The one file that imports bcc. `python -m loader.compile` is a short-lived child, so LLVM's 120 MB are given back.
 
 Reads a job (JSON) on stdin, compiles the inlined text, loads every program and pins it in `programs`; tables pin
-themselves in `maps` (see bpf/maps.h). Prints {"programs": [...]} or, on failure, {"error", "detail"}.
+themselves in `maps` (see bpf/maps.h). Prints {"programs": [...], "refused": {...}} or, on failure, {"error", "detail"}.
 """
 
 from __future__ import annotations
@@ -26,21 +26,32 @@ PROGRAMS: dict[str, tuple[int, int]] = {
     "getpeername4": (SOCK_ADDR, 29),
     "getpeername6": (SOCK_ADDR, 30),
     "sockops": (SOCK_OPS, -1),
+    "command": (SCHED_CLS, -1),
+    "redirect": (SK_MSG, -1),
+    "redirect_stub": (SK_MSG, -1),
+    "redirect_naive": (SK_MSG, -1),  # the self-test's control, only with SELFTEST=1
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`maps` and `programs` are folders on bpffs; `defines` become -DNAME=VALUE; `names` which programs to load."""
+    """`maps` and `programs` are folders on bpffs; `defines` become -DNAME=VALUE; `names` which programs to load.
+
+    This kernel may refuse those in `optional`: a verifier of another version must not cost us the others.
+    """
 
     maps: str
     programs: str
     defines: dict[str, int]
     names: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
-def compile_and_pin(job: Job) -> None:
-    """Run `job` in a child process. Raises EnvironmentLack without bcc, DataplaneError with the compiler's words."""
+def compile_and_pin(job: Job) -> dict[str, str]:
+    """Run `job` in a child process; returns the optional programs that were refused, with the kernel's words.
+
+    Raises EnvironmentLack without bcc, DataplaneError with the compiler's words.
+    """
     child = subprocess.run(
         [sys.executable, "-m", "loader.compile"],
         input=json.dumps(asdict(job)),
@@ -60,6 +71,8 @@ def compile_and_pin(job: Job) -> None:
         )
     if "error" in answer:
         raise DataplaneError(f"{answer['error']}\n{child.stderr.strip()[-4000:]}")
+    refused = {name: f"{error}\n{child.stderr.strip()[-4000:]}" for name, error in answer["refused"].items()}
+    return refused
 
 
 def main() -> int:
@@ -75,17 +88,21 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001  bcc raises bare Exception
         print(json.dumps({"error": f"compile: {error}"}))
         return 1
-    for name in job.names:
+    refused: dict[str, str] = {}
+    for name in (*job.names, *job.optional):
         kind, attach_type = PROGRAMS[name]
         try:
             function = module.load_func(name, kind, None, attach_type)
         except Exception as error:  # noqa: BLE001
+            if name in job.optional:
+                refused[name] = str(error)
+                continue
             print(json.dumps({"error": f"load {name}: {error}"}))
             return 1
         path = Path(job.programs) / name
         path.unlink(missing_ok=True)
         libbpf.pin(function.fd, path)
-    print(json.dumps({"programs": list(job.names)}))
+    print(json.dumps({"programs": list(job.names), "refused": refused}))
     return 0
 
 

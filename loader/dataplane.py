@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from loader import abi, compile, environment, libbpf
+from loader import abi, btf, compile, environment, libbpf, redirect
 from loader.diff import diff
 from loader.instance import Instance
 from loader.plan import TABLES, Plan, Tables, plan
 from meshbpf import wire
-from meshbpf.errors import DataplaneError
+from meshbpf.errors import DataplaneError, EnvironmentLack
 from meshbpf.model import MapSizes, Mesh
 from meshbpf.reason import Reason
 
@@ -141,8 +141,18 @@ class Dataplane:
             table.close()
 
 
-def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> Iterator[str]:
+def _redirect_defines() -> tuple[dict[str, int], str]:
+    """What bpf/lib/member.h needs to know, or why this kernel cannot have the redirect."""
+    try:
+        return btf.redirect_defines(), ""
+    except EnvironmentLack as error:
+        return {}, error.what
+
+
+def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> Iterator[str]:
     """Attach or upgrade, a step at a time; yields each finished step's name. The caller holds the instance's lock.
+
+    `naive` also loads the self-test's control program.
 
     Drive it to the end; a test kills the process between any two steps and finds that attach and detach still work.
     """
@@ -150,26 +160,36 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> Ite
     environment.require_bpffs()
     sizes = mesh.agent.maps
     cookies = environment.has_netns_cookies()
-    layout = abi.layout(sizes) + ("" if cookies else "-nocookie")
+    fields_of_kernel, lack = _redirect_defines()
+    layout = abi.layout(sizes) + ("" if cookies else "-nocookie") + ("" if fields_of_kernel else "-noredirect")
     maps, stage = instance.maps(layout), instance.pins / "stage"
     for folder in (instance.pins.parent, instance.pins, maps, instance.programs, instance.links, stage):
         folder.mkdir(mode=0o700, exist_ok=True)
     yield "folders"
     defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
     defines["NETNS_COOKIES"] = int(cookies)
-    compile.compile_and_pin(compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS)))
+    defines |= {"REDIRECT": int(bool(fields_of_kernel)), "SELFTEST": int(naive), **fields_of_kernel}
+    optional = (*redirect.PROGRAMS, *((redirect.NAIVE,) if naive else ())) if fields_of_kernel else ()
+    job = compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS), optional)
+    lack = lack or " ".join(f"{name}: {why}" for name, why in compile.compile_and_pin(job).items())
     yield "compiled"
     dataplane = Dataplane(instance, layout, sizes)
     try:
         dataplane.apply(mesh)
         yield "filled"
+        if fields_of_kernel:
+            if lack:
+                redirect.discard(maps, stage)
+            else:
+                redirect.attach(maps, stage)
+            yield "redirect"
         yield from _attach_hooks(instance, cgroups, stage)
         for name in CGROUP_HOOKS:
             (stage / name).rename(instance.programs / name)
         stage.rmdir()
         yield "programs kept"
         _drop_stale(instance, cgroups, layout)
-        write_state(instance, layout, cgroups, mesh)
+        write_state(instance, layout, cgroups, mesh, lack)
         yield "state written"
     finally:
         dataplane.close()
@@ -205,17 +225,28 @@ def _drop_stale(instance: Instance, cgroups: Sequence[Path], layout: str) -> Non
             pin.unlink()
     for folder in instance.pins.glob("maps-*"):
         if folder != instance.maps(layout):
+            redirect.drain(folder)
             shutil.rmtree(folder)
 
 
-def write_state(instance: Instance, layout: str, cgroups: Sequence[Path], mesh: Mesh) -> None:
+def write_state(
+    instance: Instance, layout: str, cgroups: Sequence[Path], mesh: Mesh, redirect_lack: str | None = None
+) -> None:
+    """`redirect_lack`: why this kernel has no redirect, empty when it has; None keeps what attach found."""
+    lack = instance.read_state().get("redirectLack", "") if redirect_lack is None else redirect_lack
     instance.write_state(
-        {"schemaVersion": 1, "layout": layout, "cgroups": [str(c) for c in cgroups], "mesh": wire.encode(mesh)}
+        {
+            "schemaVersion": 1,
+            "layout": layout,
+            "cgroups": [str(c) for c in cgroups],
+            "mesh": wire.encode(mesh),
+            "redirectLack": lack,
+        }
     )
 
 
-def attach(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> None:
-    for _ in attach_steps(instance, cgroups, mesh):
+def attach(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> None:
+    for _ in attach_steps(instance, cgroups, mesh, naive):
         pass
 
 
@@ -237,6 +268,8 @@ def detach(instance: Instance) -> list[str]:
             pin.unlink()
             removed.append(f"link {pin.name}")
     if instance.pins.is_dir():
+        for folder in instance.pins.glob("maps-*"):
+            redirect.drain(folder)
         for path in sorted(instance.pins.rglob("*"), reverse=True):
             if path.is_dir():
                 path.rmdir()

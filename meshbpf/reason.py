@@ -44,6 +44,11 @@ class Reason(IntEnum):
     NOT_ESTABLISHED = 26
     READER_MAY_SPLICE = 27
     PROXY_ABSENT = 28
+    SOCKET_TAKEN = 29
+    SENDER_ZEROCOPY = 30
+    PEER_SENDING = 31
+    READER_UNCHECKED = 32
+    NO_STAGE = 33
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -103,6 +108,11 @@ TEXT: dict[Reason, str] = {
     Reason.NOT_ESTABLISHED: "not carried: the connection is closing",
     Reason.READER_MAY_SPLICE: "not carried: the application holds pipes and may read by splice",
     Reason.PROXY_ABSENT: "no proxy is running: onProxyDown applied",
+    Reason.SOCKET_TAKEN: "not carried: another sockmap, or another user of the socket's private data, owns it",
+    Reason.SENDER_ZEROCOPY: "not carried: the application set SO_ZEROCOPY and would wait for completions",
+    Reason.PEER_SENDING: "kept in the redirect table for now: the peer is in the middle of a call",
+    Reason.READER_UNCHECKED: "not carried yet: the application's process was not looked at",
+    Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",
     Reason.NO_HEALTHY_UPSTREAM: "the service has no endpoint that takes new connections",
