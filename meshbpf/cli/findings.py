@@ -1,0 +1,202 @@
+"""What `meshbpf check` concludes. Pure: facts in, findings out. Ids are stable; docs/troubleshooting.md has each.
+
+A finding that is not ok carries its remedy: a command or a setting, never advice to read something. The rows of the
+kernel self-test come with their own ids and remedies from the loader; they are only put in their category here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from meshbpf.cli.facts import InstanceFacts, MachineFacts
+
+OLDEST = (5, 10)
+COOKIES = (5, 14)
+FULL_PERCENT = 80  # from here on a table deserves a warning: a full one refuses a configuration
+
+
+class Result(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+# id → category, in the order in which they are shown
+CATALOGUE: Mapping[str, str] = {
+    "capabilities": "machine",
+    "kernel-version": "machine",
+    "btf": "machine",
+    "cgroup2": "machine",
+    "bpffs": "machine",
+    "netns-cookies": "machine",
+    "bcc": "tools",
+    "libbpf": "tools",
+    "bpftool": "tools",
+    "foreign-programs": "neighbours",
+    "foreign-sk-msg": "neighbours",
+    "self-test": "acceleration",
+    "attached": "instance",
+    "attached-cgroup": "instance",
+    "map-fill": "instance",
+    "agent": "instance",
+    "proxy-ready": "instance",
+    "mesh-applied": "instance",
+    "sources": "instance",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    id: str
+    result: Result
+    detail: str
+    remedy: str = ""
+    category: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "category", self.category or CATALOGUE[self.id])
+
+
+def _judge(id: str, good: bool, detail: str, otherwise: str, remedy: str, result: Result = Result.ERROR) -> Finding:
+    return Finding(id, Result.OK, detail) if good else Finding(id, result, otherwise, remedy)
+
+
+def version(release: str) -> tuple[int, int]:
+    """`6.1.0-18-amd64` → (6, 1); (0, 0) for what does not look like one."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def machine(facts: MachineFacts) -> list[Finding]:
+    """What this machine can do, agent or not."""
+    missing = ", ".join(facts.missing_capabilities)
+    oldest = ".".join(map(str, OLDEST))
+    return [
+        _judge("capabilities", not missing, "all that is needed", f"missing: {missing}", "run as root (sudo)"),
+        _judge(
+            "kernel-version", version(facts.release) >= OLDEST, facts.release, f"{facts.release} is before {oldest}",
+            f"boot a kernel from {oldest} on",
+        ),
+        _judge(
+            "btf", facts.btf, "/sys/kernel/btf/vmlinux", "no /sys/kernel/btf/vmlinux: no order proof, so no redirect",
+            "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y (all of Debian's and Ubuntu's are)", Result.WARNING,
+        ),
+        _judge("cgroup2", bool(facts.cgroup2), facts.cgroup2, "not mounted", "mount -t cgroup2 none /sys/fs/cgroup"),
+        _judge("bpffs", facts.bpffs, "/sys/fs/bpf", "not mounted at /sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"),
+        _judge(
+            "netns-cookies", facts.netns_cookies, "one agent serves every network namespace",
+            f"kernel {facts.release} cannot tell namespaces apart: only the agent's own is governed",
+            f"boot a kernel from {COOKIES[0]}.{COOKIES[1]} on, or run the callers in the agent's namespace",
+            Result.WARNING,
+        ),
+        _judge(
+            "bcc", not facts.bcc, "Python sees it", facts.bcc,
+            "apt-get install python3-bpfcc, in a virtual environment with --system-site-packages (make setup)",
+        ),
+        _judge("libbpf", not facts.libbpf, "libbpf.so.1", facts.libbpf, "apt-get install libbpf1"),
+        *_neighbours(facts),
+        *_self_test(facts),
+    ]  # fmt: skip
+
+
+def _neighbours(facts: MachineFacts) -> list[Finding]:
+    if facts.neighbours is None:
+        remedy = "apt-get install bpftool (Ubuntu: linux-tools-generic), and run as root"
+        return [Finding("bpftool", Result.WARNING, f"{facts.bpftool}: other programs cannot be listed", remedy)]
+    found = facts.neighbours
+    hooks = [f"{each.name or each.id} ({each.hook} on {each.cgroup})" for each in found.hooks]
+    quiet = f"none on our hooks; {found.elsewhere} on others, which do not meet ours"
+    return [
+        Finding("bpftool", Result.OK, facts.bpftool),
+        _judge(
+            "foreign-programs", not hooks, quiet, f"{len(hooks)} on our hooks: {_listed(hooks)}",
+            "attach to a cgroup they do not cover, or turn off that product's socket load balancing", Result.WARNING,
+        ),
+        _judge(
+            "foreign-sk-msg", not found.sk_msg, "none", f"{_listed(list(found.sk_msg))}: another sockmap user",
+            "none needed: a socket that it holds goes by plain TCP with the reason socket_taken", Result.WARNING,
+        ),
+    ]  # fmt: skip
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _self_test(facts: MachineFacts) -> list[Finding]:
+    if facts.self_test is None:
+        remedy = facts.self_test_lack[1]
+        return [Finding("self-test", Result.WARNING, facts.self_test_lack[0], remedy)]
+    return [
+        Finding(row.id, Result.OK if row.ok else Result.WARNING, row.detail, row.remedy, CATALOGUE["self-test"])
+        for row in facts.self_test
+    ]
+
+
+def instance(facts: InstanceFacts) -> list[Finding]:
+    """What the named instance does; `attached` alone when there is nothing more to say."""
+    again = f"meshbpf attach --cgroup PATH -c FILE{_named(facts)}"
+    if not facts.attached:
+        return [Finding("attached", Result.ERROR, f"instance {facts.name} is not attached", again)]
+    gone = [cgroup.path for cgroup in facts.cgroups if not cgroup.exists]
+    remade = [cgroup.path for cgroup in facts.cgroups if cgroup.exists and not cgroup.linked]
+    lost = f"gone: {_listed(gone)}" if gone else f"made anew since the attach, not led: {_listed(remade)}"
+    remedy = f"mkdir {gone[0]}, then attach or run again" if gone else "attach or run again"
+    full = [f"{name} {entries}/{room}" for name, entries, room in facts.fills if 100 * entries >= FULL_PERCENT * room]
+    return [
+        Finding("attached", Result.OK, f"instance {facts.name}, {facts.services} services"),
+        _judge("attached-cgroup", not (gone or remade), _listed([c.path for c in facts.cgroups]), lost, remedy),
+        _judge(
+            "map-fill", not full, f"every table is below {FULL_PERCENT}%", f"nearly full: {', '.join(full)}",
+            f"raise Agent.spec.maps.{full[0].split()[0] if full else ''}, then attach again", Result.WARNING,
+        ),
+        *_agent(facts),
+    ]  # fmt: skip
+
+
+def _agent(facts: InstanceFacts) -> list[Finding]:
+    if facts.agent_error:
+        restart = "restart the agent: it holds the socket but does not answer"
+        return [Finding("agent", Result.ERROR, facts.agent_error, restart)]
+    if facts.agent is None:
+        if not facts.governed:
+            return [Finding("agent", Result.OK, "not running, and not needed: every port is direct")]
+        detail = f"not running: {facts.governed} governed ports follow onProxyDown"
+        return [Finding("agent", Result.ERROR, detail, f"meshbpf run --cgroup PATH -c FILE{_named(facts)}")]
+    agent: Mapping[str, Any] = facts.agent
+    ready, wanted = int(agent["ready"]), int(agent["workers"])
+    refused = str(agent.get("error") or "")
+    failing = [f"{source['name']}: {source['error']}" for source in agent.get("sources", []) if source["error"]]
+    return [
+        Finding("agent", Result.OK, f"pid {agent['pid']}"),
+        _judge(
+            "proxy-ready", ready >= wanted, f"{ready}/{wanted} workers", f"{ready}/{wanted} workers ready",
+            "look for `worker died` in the agent's log",
+        ),
+        _judge(
+            "mesh-applied", not refused, "the kernel holds the newest mesh", refused,
+            "mend what it names; the last good mesh is served meanwhile",
+        ),
+        _judge(
+            "sources", not failing, f"{len(agent.get('sources', []))} without an error", _listed(failing),
+            "mend what it names; the last good state is served meanwhile", Result.WARNING,
+        ),
+    ]  # fmt: skip
+
+
+def _named(facts: InstanceFacts) -> str:
+    return "" if facts.name == "default" else f" --instance {facts.name}"
+
+
+def exit_code(findings: Sequence[Finding], may_look: bool) -> int:
+    """0 all ok, 79 warnings only, 1 an error, 69 when we are not even allowed to look."""
+    if not may_look:
+        return 69
+    if any(finding.result is Result.ERROR for finding in findings):
+        return 1
+    return 79 if any(finding.result is Result.WARNING for finding in findings) else 0
