@@ -52,8 +52,10 @@ def test_text_without_content(text: str) -> None:
     [
         ("a: b: c", "1:5: not YAML: mapping values are not allowed in this context"),
         ("a:\n\tb: 1", "2:1: not YAML: found character that cannot start any token while scanning for the next token"),
-        ("b: {c: 1\n", "1:9: not YAML: did not find expected ',' or '}' while parsing a flow mapping that begins at line 1"),
-        ("'b\n\n", "2:1: not YAML: found unexpected end of stream while scanning a quoted scalar that begins at line 1"),
+        ("b: {c: 1\n",
+         "1:9: not YAML: did not find expected ',' or '}' while parsing a flow mapping that begins at line 1"),
+        ("'b\n\n",
+         "2:1: not YAML: found unexpected end of stream while scanning a quoted scalar that begins at line 1"),
         ("é: 1\na: \x07", "2:4: not YAML: control characters are not allowed"),
         ("a: \ud800", "1:4: not YAML: surrogates not allowed"),
         ("{1: 2}", "1:2: a key must be a string, got 1: quote it"),
