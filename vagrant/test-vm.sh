@@ -128,6 +128,8 @@ main() {
 	dependencies_key=$({ grep -A 20 '^dependencies' pyproject.toml | sed '/^]/q'; declare -f dependencies; } | digest)
 	build "$CACHE/root-$root_key.cpio.zst" root_archive
 	build "$CACHE/dependencies-$dependencies_key" dependencies
+	find "$CACHE" -mindepth 1 -maxdepth 1 \( -name 'root-*' -o -name 'dependencies-*' \) \
+		! -name "root-$root_key.*" ! -name "dependencies-$dependencies_key" -exec rm -rf {} +
 	for series in "${chosen[@]}"; do build "$CACHE/kernel-$series" kernel; done
 	for series in "${chosen[@]}"; do boot; done | tee "$results"
 	passed=$(grep -cE '^vm [^ ]+ [^ ]+ PASS' "$results" || true)
