@@ -61,7 +61,12 @@ def split(listen: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError("ADDRESS:PORT with an IPv6 address in brackets")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
+    if (
+        not colon
+        or not host
+        or not (port.isascii() and port.isdigit() and len(port) <= 5)
+        or not 1 <= int(port) <= 65535
+    ):
         raise ValueError("ADDRESS:PORT, for example 127.0.0.1:15020 (0.0.0.0 for every address)")
     return canonical(host), int(port)
 

@@ -158,7 +158,7 @@ def _same_port(spec: Fields, agent: Agent) -> None:
     seen: list[tuple[str, str, int]] = []
     for field, host, port in addresses.listeners(agent):
         for other, other_host, other_port in seen:
-            if port == other_port and (host == other_host or "0.0.0.0" in (host, other_host)):
+            if port == other_port and (host == other_host or {"0.0.0.0", "::"} & {host, other_host}):
                 where = spec.where(field.split(".", maxsplit=1)[0])
                 message = f"spec.{field} and spec.{other} are both on port {port}: give one another port"
                 spec.report.add(where, message)

@@ -27,7 +27,9 @@ class Report:
         self._found: set[tuple[Mark, str]] = set()
 
     def add(self, at: Mark, message: str) -> None:
-        self._found.add((at, message))
+        # Messages quote the file: one fault stays one line, whatever a file's author put into a key.
+        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        self._found.add((at, line))
 
     def __bool__(self) -> bool:
         return bool(self._found)

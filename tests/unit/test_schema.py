@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshbpf.model import (
     Acceleration,
@@ -383,6 +387,25 @@ def test_addresses_become_canonical() -> None:
     text = service(f"{{{PORTS}, addresses: ['FD00:0::1'], endpoints: [{{address: '0:0::1', ports: {{http: 1}}}}]}}")
     (found,) = parse([("f", text)]).services
     assert (found.addresses, found.endpoints[0].address) == (("fd00::1",), "::1")
+
+
+@given(st.data())
+def test_whatever_stands_anywhere_is_accepted_or_refused_with_its_place(data: st.DataObject) -> None:
+    """Any value of the contract's example replaced by anything: a mesh or faults with their place, never a crash."""
+    spots = [match.span(1) for match in re.finditer(r"([\w./:-]+)(?=[,}\]\n])", CONTRACT)]
+    start, end = data.draw(st.sampled_from(spots))
+    odd = st.sampled_from(
+        ["[]", "{}", "~", "-1", "1e400", "99999999999999999999", "''", '"\\n"', "{a: [b]}", "[1, x]", "5s"]
+    )
+    text = CONTRACT[:start] + data.draw(odd | st.text(max_size=6)) + CONTRACT[end:]
+    try:
+        parse([("f", text)])
+    except ConfigErrors as errors:
+        assert all(re.fullmatch(r"f:\d+:\d+: .+", line) for line in str(errors).split("\n"))
+
+
+def test_a_message_is_one_line_whatever_the_file_says() -> None:
+    assert faults(agent('{"a\\nb\\e[31m": 1}'))[0].startswith('3:8: unknown field "a\\nb\\x1b[31m" in spec')
 
 
 def test_all_faults_of_all_files_are_reported_in_order() -> None:
