@@ -154,7 +154,16 @@ class Downstream(asyncio.Protocol):
         exchange = self.exchange
         if exchange is None:
             if self._deaf == LISTENS:
-                self._advance(data)
+                if self.full:
+                    self._park(data)
+                    return
+                if not self._parked and data[0] != 13 and (end := data.find(END)) > 0:
+                    data = self._open(data, end)  # the frequent case: one whole head
+                    if data and self.exchange is not None:
+                        self._park(data)
+                        return
+                if data:
+                    self._advance(data)
             elif self._deaf == RELAYS:
                 self._park(data)
         elif exchange.whole_request:
@@ -178,6 +187,9 @@ class Downstream(asyncio.Protocol):
             self.free(PARKED)
         self._busy = True
         while data:
+            if self.full:
+                self._park(data)
+                break
             if data.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before a request is ignored
                 data = data[2:]
                 continue
@@ -192,10 +204,6 @@ class Downstream(asyncio.Protocol):
                     self._park(data)
                 break
             if self._deaf or self.lost:
-                break
-            if self.full:
-                self._parked = data
-                self.hold(PARKED)
                 break
         self._busy = False
 
@@ -331,7 +339,9 @@ class Downstream(asyncio.Protocol):
             else:
                 self._linger()
         else:
-            self.proxy.wheel.at(self, now + self.limits.keep_alive)
+            until = self.deadline = now + self.limits.keep_alive
+            if until < self.due:
+                self.proxy.wheel.at(self, until)
             if self._parked:
                 if not self._busy and not self.full:
                     self._advance(b"")
@@ -366,11 +376,6 @@ class Downstream(asyncio.Protocol):
         else:
             self.transport.close()
         return inf
-
-    @property
-    def closing(self) -> bool:
-        """Is the answer now being written the last one?"""
-        return self.eof or self.proxy.draining
 
     def drain(self) -> None:
         """Shutdown begins: close at once when idle, else with the next answer."""

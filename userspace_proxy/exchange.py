@@ -274,7 +274,7 @@ class Exchange:
     def whole(self, answer: AnswerHead, data: bytes, end: int) -> None:
         """The complete answer, of known length: data[end:] is its body."""
         down = self.down
-        ending = self._ending(False)
+        ending = KEEP if self.fields.simple and not down.eof and not down.proxy.draining else self._ending(False)
         if down.membership is not None and len(data) > down.limits.accelerated:
             down.leave()
         if answer.verbatim and ending == KEEP:
@@ -327,7 +327,7 @@ class Exchange:
         """How the caller's connection goes on behind this answer."""
         down = self.down
         fields = self.fields
-        if by_close or fields.close or not self.whole_request or down.closing:
+        if by_close or fields.close or not self.whole_request or down.eof or down.proxy.draining:
             return CLOSE
         if down.version_10:
             return KEEP_10 if fields.keep_alive else CLOSE
@@ -401,7 +401,7 @@ class Exchange:
             if down.full:
                 upstream.transport.resume_reading()
             if upstream.reusable and upstream.alive and self.whole_request:
-                upstream.pool.release(upstream)
+                upstream.pool.release(upstream, now)
             else:
                 upstream.discard()
         self.dialling = None

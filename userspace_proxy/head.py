@@ -64,8 +64,8 @@ class RequestFields:
     """The header lines of a request. `out` is what goes on, without the empty line at the end."""
 
     __slots__ = (
-        "authority", "close", "expect", "forwarded_for", "keep_alive", "length", "out", "request_id", "trace_id",
-        "user_agent", "websocket",
+        "authority", "close", "expect", "forwarded_for", "keep_alive", "length", "out", "request_id", "simple",
+        "trace_id", "user_agent", "websocket",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -74,6 +74,7 @@ class RequestFields:
         self.close = False
         self.keep_alive = False
         self.expect = False
+        self.simple = False  # HTTP/1.1, no body, the connection goes on
         self.websocket = False
         self.authority: str | None = None
         self.request_id: str | None = None
@@ -250,6 +251,7 @@ def request_fields(
         return BAD
     fields.close = hop.close
     fields.keep_alive = hop.keep_alive
+    fields.simple = minor == 1 and length == 0 and not hop.close
     out = [hop.rewrite(lines)]
     if host is not None or hosts == 0:
         authority = dialled if host is None else host

@@ -74,7 +74,7 @@ class Pool:
         self._waiting.remove(exchange)
         self.pending -= 1
 
-    def release(self, upstream: Upstream) -> None:
+    def release(self, upstream: Upstream, now: float) -> None:
         """The answer of `upstream` is complete and it may serve again."""
         target = upstream.target
         if target.gone or (self.max_requests and upstream.served >= self.max_requests):
@@ -92,7 +92,9 @@ class Pool:
             if idle is None:
                 idle = target.idle[upstream.netns] = []
             idle.append(upstream)
-            self._proxy.wheel.at(upstream, self._proxy.clock() + self.idle_timeout)
+            until = upstream.deadline = now + self.idle_timeout
+            if until < upstream.due:
+                self._proxy.wheel.at(upstream, until)
 
     def forget(self, upstream: Upstream) -> None:
         """`upstream` has ended or is about to; may be said twice."""
@@ -163,4 +165,4 @@ class Pool:
         elif exchange.dialling is target:
             exchange.begin(upstream, target)
         else:  # the caller went away meanwhile: somebody else will use it
-            self.release(upstream)
+            self.release(upstream, proxy.clock())

@@ -47,7 +47,7 @@ class Upstream(asyncio.Protocol):
         self._stage = HEAD
         self._left = 0
         self._buffer = b""
-        self._head = b""
+        self._head = b""  # of the answer before, and what was read from it
         self._last: AnswerHead = AnswerHead(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -60,7 +60,11 @@ class Upstream(asyncio.Protocol):
             return
         stage = self._stage
         if stage == HEAD:
-            self._read_head(exchange, data)
+            answer = self._last
+            if not self._buffer and self._head and data.startswith(self._head):
+                self._begin(exchange, answer, data, len(self._head))
+            else:
+                self._read_head(exchange, data)
         elif stage == LENGTH:
             size = len(data)
             left = self._left = self._left - size
@@ -91,19 +95,15 @@ class Upstream(asyncio.Protocol):
                 else:
                     self._buffer = data
                 return
-            head = data[:end]
-            if head == self._head:
-                answer = self._last
-            else:
-                read = answer_head(head, limits) if end <= limits.head else None
-                if read is None:
-                    self._refuse(exchange)
-                    return
-                answer = read
-                if end <= MEMO:
-                    self._head, self._last = head, answer
+            answer = answer_head(data[:end], limits) if end <= limits.head else None
+            if answer is None:
+                self._refuse(exchange)
+                return
             if answer.status >= 200:
-                break
+                if end <= MEMO:
+                    self._head, self._last = data[:end], answer
+                self._begin(exchange, answer, data, end)
+                return
             if answer.status == 101:
                 if answer.websocket and exchange.websocket:
                     exchange.tunnel(self, answer, data[end:])
@@ -114,6 +114,9 @@ class Upstream(asyncio.Protocol):
             data = data[end:]
             if not data:
                 return
+
+    def _begin(self, exchange: Exchange, answer: AnswerHead, data: bytes, end: int) -> None:
+        """The final head has been read, it ends at `end`."""
         if answer.close:
             self.reusable = False
         length = 0 if exchange.head_only or answer.status in (204, 304) else answer.length
@@ -123,7 +126,7 @@ class Upstream(asyncio.Protocol):
                 if extra:
                     self.reusable = False
                     data = data[: end + length]
-                self._complete()
+                self.served += 1
                 exchange.whole(answer, data, end)
             else:
                 self._stage = LENGTH
