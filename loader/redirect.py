@@ -2,8 +2,8 @@
 
 `join` belongs where the proxy has read a whole request and has not answered yet: then everything either side ever sent
 has been read, which is what joining asks for (right after an answer, the application has not read it yet). Everything
-is reached through the pins of one `maps` folder, which holds the tables, the command program and the stub's link, so that
-an old layout's table can be emptied by its own program.
+is reached through the pins of one `maps` folder, which holds the tables, the command program and the stub's link, so
+that an old layout's table can be emptied by its own program.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def discard(maps: Path, stage: Path) -> None:
 
 
 def drain(maps: Path, seconds: float = DRAIN_SECONDS) -> int:
-    """Empty the table without losing a byte: nobody joins any more, everybody sends by TCP, then the members go, each when
-    it has read what was redirected to it and its peer is in no call. Returns how many were still in when time was up.
+    """Empty the table without losing a byte: nobody joins any more, everybody sends by TCP, then the members go, each
+    when it has read what was redirected to it and its peer is in no call. Returns how many were still in at the end.
     """
     if not (maps / COMMAND).exists():
         return 0
@@ -153,8 +153,8 @@ class Membership:
         return True
 
     def leave(self) -> None:
-        """Nothing is redirected from now on, and the application's socket is out of the table, unless it has not read all
-        that was redirected to it: then `inside` stays True, and leave() may be called again.
+        """Nothing is redirected from now on, and the application's socket is out of the table, unless it has not read
+        all that was redirected to it: then `inside` stays True, and leave() may be called again.
         """
         if self.inside:
             self._room = 0
@@ -162,8 +162,8 @@ class Membership:
 
 
 class Redirector:
-    """Lets the connections of one worker join. `in_netns(cookie)` is a context in whose thread that namespace is current;
-    `home` is the cookie of the one that is current anyway.
+    """Lets the connections of one worker join. `in_netns(cookie)` is a context in which that namespace is the calling
+    thread's; `home` is the cookie of the one that is anyway.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A tiny mesh for trying the kernel out: an instance of its own in a cgroup of its own, and a proxy that is a bare listener.
+"""A tiny mesh for trying the kernel out: an instance and a cgroup of its own, and a proxy that is a bare listener.
 
 The self-test and the kernel tests make their connections here. Traffic stays on the loopback; `close` leaves nothing.
 `naive` is the control: the same members without any of the rules, to show that breaking them is noticed.
@@ -61,7 +61,7 @@ class Pair:
 
 
 class Rig:
-    """`start` attaches (as anybody), `enter` puts the calling process under the mesh, `serve` opens the proxy's listeners."""
+    """`start` attaches, `enter` puts the calling process under the mesh, `serve` opens the proxy's listeners."""
 
     def __init__(self, name: str, mesh: Mesh = MESH) -> None:
         self.instance = Instance(name)
