@@ -7,7 +7,7 @@ own ports (the mesh would call itself); addresses are compared in their canonica
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from functools import lru_cache
 
 from meshbpf.model import Agent, Protocol
 
@@ -18,6 +18,9 @@ OWN_PORTS = frozenset({15001, 15006, 15010, 15020})
 
 # Cloud metadata and platform services outside of link-local: AWS (IPv6), GCP (IPv6), Alibaba, Oracle, Azure.
 _METADATA = frozenset({"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"})
+
+# A merge asks the same of every endpoint again, on the agent's loop; parsing an address is most of its cost.
+_remembered = lru_cache(maxsize=65536)
 
 
 def canonical(text: str) -> str:
@@ -34,6 +37,7 @@ def canonical(text: str) -> str:
     return str(address)
 
 
+@_remembered
 def unusable(address: str) -> str:
     """Why no service and no endpoint may have this canonical address; empty when it may."""
     ip = ipaddress.ip_address(address)
@@ -50,6 +54,7 @@ def unusable(address: str) -> str:
     return ""
 
 
+@_remembered
 def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
@@ -80,21 +85,25 @@ def layer4(protocol: Protocol) -> str:
     return "udp" if protocol is Protocol.UDP else "tcp"
 
 
-def listeners(agent: Agent) -> Iterator[tuple[str, str, int]]:
+@lru_cache(maxsize=16)
+def listeners(agent: Agent) -> tuple[tuple[str, str, int], ...]:
     """(field, address, port) of everything the agent listens on."""
-    yield "proxy.listen", *split(agent.proxy.listen)
-    yield "admin.listen", *split(agent.admin.listen)
-    for registry in agent.registries:
-        yield "registries.embedded.listen", *split(registry.listen)
+    return (
+        ("proxy.listen", *split(agent.proxy.listen)),
+        ("admin.listen", *split(agent.admin.listen)),
+        *(("registries.embedded.listen", *split(registry.listen)) for registry in agent.registries),
+    )
 
 
 def our_listener(address: str, port: int, agent: Agent) -> str:
     """Which of our listeners answers at this address and port; empty when none."""
     for field, host, own in listeners(agent):
+        if own != port:
+            continue
         # The proxy answers on both loopback addresses, a listener on every address on all of loopback.
-        everywhere = ipaddress.ip_address(host).is_unspecified and is_loopback(address)
+        everywhere = host in ("0.0.0.0", "::") and is_loopback(address)
         proxy = field == "proxy.listen" and address in ("127.0.0.1", "::1")
-        if own == port and (host == address or everywhere or proxy):
+        if host == address or everywhere or proxy:
             return f"Agent.spec.{field}"
     return "a port of meshbpf" if address in ("127.0.0.1", "::1") and port in OWN_PORTS else ""
 
