@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loader.instance import Instance
-from meshbpf.model import Agent, EmbeddedRegistry, Mesh
+from meshbpf.model import EmbeddedRegistry, Mesh
 from meshbpf.registry import merge
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.embedded import EmbeddedSource
@@ -102,11 +101,8 @@ class Sources:
 
 async def united(snapshots: Sequence[Snapshot], store: Store, generation: int) -> merge.Merged:
     """The mesh of all snapshots, every service that names no address with its own of the pool, which `store` keeps."""
-    agent = next((snapshot.agent for snapshot in snapshots if snapshot.agent is not None), Agent())
-    named = {a for snapshot in snapshots for service in snapshot.services for a in service.addresses}
-    known = {service.id for snapshot in snapshots for service in snapshot.services}
-    wanting = known - {service.id for snapshot in snapshots for service in snapshot.services if service.addresses}
-    given = await store.addresses(wanting, ipaddress.ip_network(agent.address_pool), named) if wanting else {}
+    wanted = merge.wanted(snapshots)
+    given = await store.addresses(*wanted) if wanted.services else {}
     return merge.mesh(snapshots, given, generation)
 
 
