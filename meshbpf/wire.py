@@ -55,8 +55,8 @@ def _decode(kind: Any, data: Any) -> Any:
         if data is None:
             return None
         return _decode(next(k for k in typing.get_args(kind) if k is not type(None)), data)
-    if dataclasses.is_dataclass(kind):
-        hints = _hints(typing.cast(type, kind))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = _hints(kind)
         return kind(**{name: _decode(hints[name], entry) for name, entry in data.items()})
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(data)

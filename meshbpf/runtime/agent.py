@@ -27,6 +27,7 @@ from meshbpf.runtime import cgroup
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Orphan, Supervisor, orphans
 from meshbpf.tasks import spawn
+from meshbpf.telemetry import Totals
 
 log = logging.getLogger("agent")
 SCAN_SECONDS = 5.0
@@ -59,7 +60,8 @@ class Agent:
         self.applied_at = time.time()
         self.apply_error = ""
         self.service_ids: dict[int, tuple[str, str]] = {}
-        self.reports: dict[str, Any] = {}
+        self.totals = Totals()
+        self.totals.adopt(mesh, time.monotonic())
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._port = split_listen(mesh.agent.proxy.listen)[1]
@@ -129,6 +131,7 @@ class Agent:
         self.apply_error = ""
         self.mesh = mesh
         self.applied_at = time.time()
+        self.totals.adopt(mesh, time.monotonic())
         self._publish()
         log.info(
             "mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes
@@ -148,7 +151,10 @@ class Agent:
         dataplane.write_state(self.options.instance, self.plane.layout, self.options.cgroups, self.mesh)
 
     def _report(self, incarnation: str, snapshot: Any) -> None:
-        self.reports[incarnation] = snapshot
+        if snapshot is None:
+            self.totals.ended(incarnation)
+        else:
+            self.totals.update(incarnation, snapshot)
 
     async def _scan(self) -> None:
         while True:

@@ -42,8 +42,9 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         plane = attach(options, mesh)
         agent = Agent(options, mesh, plane)
         metrics = Metrics(agent, sources)
-        runner = await api.serve(options.instance.socket, metrics.status, embedded.registrar)
+        runners = [await metrics.serve()]
         try:
+            runners.append(await api.serve(options.instance.socket, metrics.status, embedded.registrar))
             await agent.start()
 
             def reread() -> None:
@@ -55,6 +56,7 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
             await agent.run()
             follower.cancel()
         finally:
-            await runner.cleanup()
+            for runner in runners:
+                await runner.cleanup()
             options.instance.socket.unlink(missing_ok=True)
             plane.close()

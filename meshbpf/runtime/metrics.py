@@ -1,18 +1,81 @@
-"""What the agent tells about itself: `status` for the CLI, /metrics, /healthz and /readyz for everybody else."""
+"""What the agent tells about itself: `status` for the CLI, /metrics, /healthz and /readyz for everybody else.
+
+Reading the kernel's tables takes system calls by the thousand, so a scrape does it in a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
+from importlib import metadata
 from typing import Any
 
+from aiohttp import web
+
+from loader.plan import service_key
+from meshbpf import admin
+from meshbpf.model import Mesh
 from meshbpf.runtime.agent import Agent
 from meshbpf.runtime.sources import Sources
+from meshbpf.telemetry import Facts, render
+
+TABLES = ("services", "policies", "slots", "endpoints", "flows")
 
 
 class Metrics:
     def __init__(self, agent: Agent, sources: Sources) -> None:
         self._agent = agent
         self._sources = sources
+
+    async def serve(self) -> web.AppRunner:
+        """Listen where `Agent.spec.admin.listen` says. Raises Busy when the port is taken."""
+        return await admin.serve(self._agent.mesh.agent.admin.listen, self._page, self._not_ready)
+
+    def _not_ready(self) -> str | None:
+        agent = self._agent
+        return None if agent.ready else f"{agent.supervisor.ready} of {agent.workers} workers serve the newest mesh"
+
+    async def _page(self, accept: str) -> tuple[bytes, str]:
+        stats = self._agent.totals.merged(time.monotonic())
+        sources = self._sources.report()
+        return await asyncio.to_thread(self._render, accept, self._agent.mesh, stats, sources)
+
+    def _render(self, accept: str, mesh: Mesh, stats: Any, sources: list[dict[str, Any]]) -> tuple[bytes, str]:
+        plane = self._agent.plane
+        facts = Facts(
+            stats=stats,
+            verdicts=plane.counters(),
+            connections=self._connections(mesh),
+            maps={name: (sum(1 for _key in plane.maps[name].keys()), plane.maps[name].size) for name in TABLES},  # noqa: SIM118
+            endpoints=_endpoint_states(mesh),
+            ages={source["name"]: source["age_seconds"] for source in sources},
+            generation=mesh.generation,
+            build={"version": metadata.version("meshbpf"), "kernel": os.uname().release, "layout": plane.layout},
+        )
+        return render(facts, accept)
+
+    def _connections(self, mesh: Mesh) -> dict[tuple[str, str], tuple[int, int]]:
+        """(service, carrier) → (opened, closed), from the kernel's counts per service id."""
+        plane = self._agent.plane
+        per_id = plane.connections()
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for service in mesh.services:
+            ids = set()
+            for port in service.ports:
+                for address in service.addresses:
+                    raw = plane.maps["services"].lookup(service_key(address, port.port, port.protocol))
+                    if raw is not None:
+                        ids.add(int.from_bytes(raw, "little"))
+            for service_id in ids:
+                opened_direct, opened_proxy, closed_direct, closed_proxy = per_id.get(service_id, (0, 0, 0, 0))
+                for carrier, opened, closed in (
+                    ("direct", opened_direct, closed_direct),
+                    ("proxy", opened_proxy, closed_proxy),
+                ):
+                    before = found.get((service.label, carrier), (0, 0))
+                    found[service.label, carrier] = (before[0] + opened, before[1] + closed)
+        return found
 
     def status(self) -> dict[str, Any]:
         """What `meshbpf status` and `endpoints` add when an agent runs."""
@@ -34,12 +97,21 @@ class Metrics:
     def _endpoints(self) -> dict[str, dict[str, Any]]:
         """`service endpoint` → how often it served and failed, and how it failed last."""
         found: dict[str, dict[str, Any]] = {}
-        for snapshot in self._agent.reports.values():
-            for service, endpoint, outcome, count in snapshot.get("upstream_requests_total", []):
-                seen = found.setdefault(f"{service} {endpoint}", {"ok": 0, "failed": 0, "last_error": None})
-                if outcome == "ok":
-                    seen["ok"] += count
-                else:
-                    seen["failed"] += count
-                    seen["last_error"] = outcome
+        stats = self._agent.totals.merged(time.monotonic())
+        for service, endpoint, outcome, count in stats.get("upstream_requests_total", []):
+            seen = found.setdefault(f"{service} {endpoint}", {"ok": 0, "failed": 0, "last_error": None})
+            if outcome == "ok":
+                seen["ok"] += count
+            else:
+                seen["failed"] += count
+                seen["last_error"] = outcome
         return found
+
+
+def _endpoint_states(mesh: Mesh) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    for service in mesh.services:
+        for endpoint in service.endpoints:
+            key = (service.label, endpoint.state.value)
+            found[key] = found.get(key, 0) + 1
+    return found

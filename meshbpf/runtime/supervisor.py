@@ -24,7 +24,7 @@ from meshbpf.tasks import spawn
 log = logging.getLogger("supervisor")
 RESTART_SECONDS = (0.0, 0.1, 0.5, 1.0, 5.0)  # a worker that keeps dying is restarted ever more slowly
 HANDOVER_SECONDS = 2.0
-REPORTS = Callable[[str, Any], None]
+REPORTS = Callable[[str, Any], None]  # (incarnation, its statistics; None: it is dead)
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +119,7 @@ class Supervisor:
             self._deaths.pop(handle.number, None)
             self._changed()
         elif kind == "stats":
-            self._report(f"{handle.number}-{message['pid']}", message["blob"])
+            self._report(f"{handle.number}-{handle.process.pid}", message["blob"])
         for fd in fds:
             os.close(fd)
 
@@ -127,6 +127,7 @@ class Supervisor:
         code = await handle.process.wait()
         if handle.channel is not None:
             handle.channel.close()
+        self._report(f"{handle.number}-{handle.process.pid}", None)
         if self._handles.get(handle.number) is handle:
             del self._handles[handle.number]
         self._changed()
