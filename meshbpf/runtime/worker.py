@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -19,19 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from userspace_proxy.origin import Origin
-from userspace_proxy.server import Proxy
 
 from loader import abi
 from loader.dataplane import Dataplane
 from loader.environment import cgroup2
 from loader.instance import Instance
 from meshbpf import logs, wire
-from meshbpf.model import Mesh
+from meshbpf.accesslog_format import wanted
+from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
+from meshbpf.record import Record
 from meshbpf.runtime import netns
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.workload import Workloads
 from userspace_proxy.accesslog import AccessLog
+from userspace_proxy.origin import Origin
+from userspace_proxy.server import Proxy
 from userspace_proxy.stats import Stats
 
 log = logging.getLogger("worker")
@@ -47,6 +50,8 @@ class Worker:
         self._dataplane: Dataplane | None = None
         self._proxy: Proxy | None = None
         self._access_log: AccessLog | None = None
+        self._log_settings = AccessLogSettings()
+        self._sampling: dict[str, AccessLogPolicy] = {}
         self._stats = Stats()
         self._workloads = Workloads(cgroup2(), ())
         self._namespaces: dict[int, int] = {}  # cookie → descriptor of the namespace
@@ -74,7 +79,7 @@ class Worker:
         path.unlink(missing_ok=True)
         self._report()
         if self._access_log is not None:
-            self._access_log.flush()
+            self._access_log.close()
 
     def _take_agent(self, door: socket.socket) -> None:
         """A new agent knocks: it is the one we talk to from now on."""
@@ -109,7 +114,6 @@ class Worker:
             self._dataplane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
             self._workloads = Workloads(cgroup2(), [Path(path) for path in about["cgroups"]])
             self._cookie = int(about["cookie"])
-            self._access_log = AccessLog(mesh.agent.access_log, self._loop, self._stats.lost)
             self._proxy = Proxy(
                 lookup=self._origin,
                 sink=self._sink,
@@ -119,15 +123,29 @@ class Worker:
             )
             self._beat()
             self._report_later()
-        assert self._proxy is not None and self._access_log is not None
+        assert self._proxy is not None
+        if self._access_log is None or self._log_settings != mesh.agent.access_log:
+            if self._access_log is not None:
+                self._access_log.close()
+            self._log_settings = mesh.agent.access_log
+            self._access_log = AccessLog(self._log_settings, self._loop, self._stats.lost)
+        # Most services log everything: only those that sample are asked about.
+        self._sampling = {
+            service.label: policy.access_log
+            for service in mesh.services
+            if (policy := mesh.policy_for(service)).access_log.sample_percent < 100.0
+        }
         self._stats.adopt(mesh, time.monotonic())
         self._proxy.use(mesh)
         if self._channel is not None:
             self._channel.send({"type": "using", "generation": mesh.generation})
 
-    def _sink(self, record: Any) -> None:
+    def _sink(self, record: Record) -> None:
         self._stats.record(record)
         assert self._access_log is not None
+        if self._sampling and (policy := self._sampling.get(record.service)) is not None:
+            if not wanted(record, policy, random.random()):
+                return
         self._access_log.write(record)
 
     def _origin(self, cookie: int, address: str, port: int) -> Origin | None:
