@@ -143,9 +143,9 @@ class Worker:
     def _sink(self, record: Record) -> None:
         self._stats.record(record)
         assert self._access_log is not None
-        if self._sampling and (policy := self._sampling.get(record.service)) is not None:
-            if not wanted(record, policy, random.random()):
-                return
+        policy = self._sampling.get(record.service) if self._sampling else None
+        if policy is not None and not wanted(record, policy, random.random()):
+            return
         self._access_log.write(record)
 
     def _origin(self, cookie: int, address: str, port: int) -> Origin | None:
