@@ -10,8 +10,10 @@
  * redirect only while our write_seq is that very number, that is, while every TCP byte we ever sent has been
  * read. The comparison runs under our socket's lock, and what the peer has read it cannot unread, so no race
  * makes a stale proof true; at worst a true one is missed. The one way to be fooled would be to send exactly
- * 4 GiB by TCP past a proof: so each TCP send takes the proof away. Nothing is sticky beyond that: when the
- * peer, having read everything, sends again, it proves us anew.
+ * 4 GiB by TCP past a proof: so each TCP send takes the proof away. (One TCP send we are not asked about: the
+ * kernel keeps a verdict whose push ended in EAGAIN, and the next send follows it. It moves write_seq, which
+ * is all that the comparison needs.) Nothing is sticky beyond that: when the peer, having read everything,
+ * sends again, it proves us anew.
  *
  * Why the memory is bounded. A redirect has no back-pressure. We hold CREDIT_BYTES beyond what the peer is
  * known to have read, and it is known when the peer sends while its redirected queue is empty. A send that is

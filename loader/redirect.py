@@ -26,6 +26,7 @@ SK_MSG_VERDICT = 7
 DRAIN_SECONDS = 2.0
 DRAIN_PAUSE = 0.002  # a queue that is read, or a call that returns, tells nobody
 NO_PAIR = bytes(8)
+GRANT_BYTES = 1 << 16  # how much a worker may redirect before it asks the kernel again, and so learns of an unbinding
 PACKET = abi.COMMAND_OFFSET + len(bytes(abi.Command()))
 
 
@@ -133,11 +134,11 @@ class Membership:
 
     __slots__ = ("_commands", "_room", "inside", "pair")
 
-    def __init__(self, commands: Commands, pair: int, room: int) -> None:
+    def __init__(self, commands: Commands, pair: int) -> None:
         self.pair = pair
         self.inside = True
         self._commands = commands
-        self._room = room
+        self._room = GRANT_BYTES
 
     def fits(self, size: int) -> bool:
         """Whether an answer of `size` bytes, sent now, will be redirected whole. Nearly free: asks the kernel only when
@@ -146,9 +147,9 @@ class Membership:
         if size > self._room:
             if self._commands.run(abi.Op.ROOM, pair=self.pair) is not Reason.JOINED:
                 return False
-            self._room = self._commands.answer.room
-        if size > self._room:
-            return False
+            if size > self._commands.answer.room:
+                return False
+            self._room = min(self._commands.answer.room, max(size, GRANT_BYTES))
         self._room -= size
         return True
 
@@ -210,7 +211,7 @@ class Redirector:
             self.last = self._commands.send(command)
         if self.last is not Reason.JOINED:
             return None
-        return Membership(self._commands, self._commands.answer.pair, self._commands.answer.room)
+        return Membership(self._commands, self._commands.answer.pair)
 
     def close(self) -> None:
         self._commands.close()

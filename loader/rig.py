@@ -68,7 +68,7 @@ class Rig:
         self.cgroup = environment.cgroup2() / name
         self.mesh = mesh
         self._home = ""
-        self._listeners: dict[int, socket.socket] = {}
+        self.listeners: dict[int, socket.socket] = {}
 
     def start(self) -> None:
         self.cgroup.mkdir(exist_ok=True)
@@ -88,10 +88,11 @@ class Rig:
         self.commands = redirect.Commands(self.maps)
         port = 0
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-            self._listeners[family] = self.listen(family, address, port)
-            port = self._listeners[family].getsockname()[1]
+            self.listeners[family] = self.listen(family, address, port)
+            port = self.listeners[family].getsockname()[1]
         self.plane.set_agent(port, 0)
-        netns = dataplane.netns_cookie(self._listeners[socket.AF_INET])
+        self.port = port
+        netns = dataplane.netns_cookie(self.listeners[socket.AF_INET])
         self.redirector = redirect.Redirector(self.maps, contextlib.nullcontext, netns, pipes or NoPipes())
 
     @staticmethod
@@ -104,12 +105,18 @@ class Rig:
         listener.settimeout(PATIENCE)
         return listener
 
-    def pair(self, family: int = socket.AF_INET, blocking: bool = False, client: socket.socket | None = None) -> Pair:
-        """A connection that connect led to us; not joined."""
+    def pair(
+        self,
+        family: int = socket.AF_INET,
+        blocking: bool = False,
+        client: socket.socket | None = None,
+        listener: socket.socket | None = None,
+    ) -> Pair:
+        """A connection that connect led to us; not joined. `client` and `listener` may stand in another namespace."""
         self.plane.beat(time.monotonic_ns())
         c = socket.socket(family, socket.SOCK_STREAM) if client is None else client
         c.connect((ADDRESS4 if family == socket.AF_INET else ADDRESS6, PORT))
-        p, _ = self._listeners[family].accept()
+        p, _ = (listener or self.listeners[family]).accept()
         for end in (c, p):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A timeout of 0 is O_NONBLOCK; Python waits by poll for any other, and sets O_NONBLOCK just the same.
@@ -161,7 +168,7 @@ class Rig:
 
     def finish(self) -> None:
         """The end of `serve` and `enter`."""
-        for listener in self._listeners.values():
+        for listener in self.listeners.values():
             listener.close()
         self.redirector.close()
         self.commands.close()

@@ -69,7 +69,7 @@ def name_of(error: OSError) -> str:
 
 
 def order(rig: Rig) -> Seen:
-    """A member reads what was redirected first: TCP bytes that are unread when a redirect comes are inverted with it."""
+    """A member reads what was redirected first: TCP bytes unread when a redirect comes are inverted with it."""
     with rig.pair() as pair:
         pair.c.sendall(b"first")
         early = rig.join(pair) is not None
