@@ -78,8 +78,10 @@ kernel() {
 }
 
 # The part that changes: the repository as it lies here (tracked or not, but nothing ignored), init, dependencies, modules.
-overlay() { # file
-	local tree=$CACHE/overlay.tree
+# Made once, so that every kernel gets the same.
+overlay() { # file, kernels
+	local tree=$CACHE/overlay.tree file=$1
+	shift
 	rm -rf "$tree"
 	local python=$tree/usr/local/lib/python3.11/dist-packages
 	mkdir -p "$tree/mesh" "$tree/modules" "$tree/usr/local/bin" "${python%/*}"
@@ -89,23 +91,19 @@ overlay() { # file
 	echo /mesh >"$python/mesh.pth"
 	printf '#!/bin/sh\nexec python3 -m meshbpf.cli "$@"\n' >"$tree/usr/local/bin/meshbpf"
 	chmod 755 "$tree/usr/local/bin/meshbpf"
-	cp "$CACHE/kernel-$series/modules/"* "$tree/modules/"
+	for series in "$@"; do cp -r "$CACHE/kernel-$series/modules" "$tree/modules/$series"; done
 	install -m 755 tests/vm/init "$tree/init"
-	(cd "$tree" && find . -print0 | cpio --null --create --format=newc --quiet) | zstd -q -T0 -1 >"$1"
+	(cd "$tree" && find . -print0 | cpio --null --create --format=newc --quiet) | zstd -q -T0 -1 >"$file"
 	rm -rf "$tree"
 }
 
 # Prints the guest's `vm ...` lines; the whole console goes to the log.
 boot() {
-	local log=$CACHE/console-$series.log initrd=$CACHE/initrd-$series started=$SECONDS status=0 lines
-	overlay "$CACHE/overlay"
-	cat "$CACHE/root-$root_key.cpio.zst" "$CACHE/overlay" >"$initrd"
-	rm -f "$CACHE/overlay"
+	local log=$CACHE/console-$series.log initrd=$CACHE/initrd started=$SECONDS status=0 lines
 	timeout --foreground --kill-after=5 "$BOOT_SECONDS" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 3000 \
 		-nodefaults -nographic -no-reboot -net none -serial file:"$log" -monitor none \
 		-kernel "$CACHE/kernel-$series/vmlinuz" -initrd "$initrd" \
 		-append "console=ttyS0 rdinit=/init panic=-1 loglevel=4 random.trust_cpu=on mitigations=off" </dev/null || status=$?
-	rm -f "$initrd"
 	lines=$(tr -d '\r' <"$log" | grep -a '^vm ' || true)
 	grep -v '^vm end' <<<"$lines" | sed "s/^vm /vm $series /" || true
 	local seconds=$((SECONDS - started)) end=PASS
@@ -131,7 +129,11 @@ main() {
 	find "$CACHE" -mindepth 1 -maxdepth 1 \( -name 'root-*' -o -name 'dependencies-*' \) \
 		! -name "root-$root_key.*" ! -name "dependencies-$dependencies_key" -exec rm -rf {} +
 	for series in "${chosen[@]}"; do build "$CACHE/kernel-$series" kernel; done
+	overlay "$CACHE/overlay" "${chosen[@]}"
+	cat "$CACHE/root-$root_key.cpio.zst" "$CACHE/overlay" >"$CACHE/initrd"
+	rm "$CACHE/overlay"
 	for series in "${chosen[@]}"; do boot; done | tee "$results"
+	rm "$CACHE/initrd"
 	passed=$(grep -cE '^vm [^ ]+ [^ ]+ PASS' "$results" || true)
 	failed=$(grep -cE '^vm [^ ]+ [^ ]+ FAIL' "$results" || true)
 	printf '%s passed, %s failed\n' "$passed" "$failed"

@@ -15,6 +15,10 @@ step() { # name, command...
 mesh() { timeout 60 meshbpf "$@"; }
 call() { curl --silent --show-error --fail --max-time 20 "$1"; }
 member() { mesh exec --cgroup $APPS -- curl --silent --show-error --fail --max-time 20 "$1"; }
+refused() { # curl's own word for it, and no other way to fail
+	"$@"
+	[ $? -eq 7 ]
+}
 until_true() { # process that must live, seconds, command...
 	local process=$1 end=$((SECONDS + $2))
 	shift 2
@@ -29,7 +33,7 @@ check() { # 79: warnings only
 	case $? in 0 | 79) ;; *) return 1 ;; esac
 }
 attach() { mkdir -p $APPS && mesh attach --cgroup $APPS -c mesh.yaml; }
-outside() { ! call $DIRECT; }
+outside() { refused call $DIRECT; }
 ready() { until_true "$agent" 60 call http://127.0.0.1:15020/readyz || { cat /tmp/agent; return 1; }; }
 # The proxy gives every request an x-request-id, which the endpoint saw: nothing but the proxy can have carried it.
 proxied() { member $GOVERNED >/tmp/answer && cat /tmp/answer && grep -qi '^x-request-id: ' /tmp/answer; }
@@ -38,7 +42,7 @@ detach() { mesh detach; }
 gone() {
 	[ -z "$(find /sys/fs/bpf -mindepth 2)" ] || { find /sys/fs/bpf; return 1; }
 	! kill -0 "$agent" 2>/dev/null || { echo "agent $agent still runs"; return 1; }
-	! member $DIRECT
+	refused member $DIRECT
 }
 
 step kernel uname -r
