@@ -378,9 +378,10 @@ class Downstream(asyncio.Protocol):
         return inf
 
     def drain(self) -> None:
-        """Shutdown begins: close at once when idle, else with the next answer."""
+        """Shutdown begins: the next answer is the last one. Who is silent is closed a little later: at once would be
+        into the face of a caller whose next request, or first one, is on its way."""
         if self.exchange is None and not self._headed and not self._deaf and self._tunnel is None:
-            self.transport.close()
+            self.until(min(self.deadline, self.now() + self.limits.drain_quiet))
 
     def abort(self) -> None:
         """Shutdown is over."""

@@ -20,6 +20,7 @@ class Limits:
     head_timeout: float = 10.0  # from the first to the last byte of a request head
     body_timeout: float = 30.0  # without a byte of a request body that the proxy is ready to read
     keep_alive: float = 60.0  # without a request on the caller's connection
+    drain_quiet: float = 0.3  # without a request on a connection when the proxy shuts down
     linger: float = 1.0  # Envoy's delayed close: how long a refused caller may go on sending
     attempts: int = 2  # tries of a connect, each on another endpoint
     tick: float = 0.05  # how late a timeout may be noticed

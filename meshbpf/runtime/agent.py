@@ -1,7 +1,9 @@
 """The agent: attach, then stay. Joins sources, dataplane, namespaces, workers, metrics and the API; touches no payload.
 
-Order of starting: tables and hooks, listeners, workers; only then does connect learn the proxy's port. Order of
-stopping: connect forgets the port (new connections follow onProxyDown), workers finish what they have, all goes.
+Order of starting: listeners (so that a taken port changes nothing), tables and hooks, workers; only then does connect
+learn the proxy's port. Order of stopping: connect forgets the port (new connections follow onProxyDown), workers finish
+what they have, all goes. Order of a new mesh: workers first, then the kernel, so that no connection is led to a worker
+that does not know its service; workers of an earlier agent count as workers.
 """
 
 from __future__ import annotations
@@ -11,27 +13,29 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loader import dataplane, environment
+from loader import dataplane
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
 from meshbpf import wire
 from meshbpf.errors import MeshError
-from meshbpf.model import Mesh
-from meshbpf.runtime import cgroup
+from meshbpf.model import Mesh, ProxySettings
+from meshbpf.runtime import cgroup, orphans
 from meshbpf.runtime.namespaces import Namespaces
-from meshbpf.runtime.supervisor import Orphan, Supervisor, orphans
+from meshbpf.runtime.supervisor import Supervisor
 from meshbpf.tasks import spawn
 from meshbpf.telemetry import Totals
 
 log = logging.getLogger("agent")
 SCAN_SECONDS = 5.0
 READY_SECONDS = 30.0
+RESTART = ("registries", "maps", "admin", "proxy")  # of `Agent.spec`: what a running agent does not change
+SETTLE_SECONDS = 1.0  # how long a worker that hangs may hold a new mesh up
 
 
 def split_listen(listen: str) -> tuple[str, int]:
@@ -50,12 +54,13 @@ class Options:
 
 
 class Agent:
-    """One instance's agent. `meshes` yields every new mesh, the first of which has been attached already."""
+    """One instance's agent: `listen`, `attach`, `start`, `follow` and `run`, then `close`, in this order."""
 
-    def __init__(self, options: Options, mesh: Mesh, plane: Dataplane) -> None:
+    plane: Dataplane  # once attached
+
+    def __init__(self, options: Options, mesh: Mesh) -> None:
         self.options = options
         self.mesh = mesh
-        self.plane = plane
         self.started = time.time()
         self.applied_at = time.time()
         self.apply_error = ""
@@ -73,11 +78,11 @@ class Agent:
         )
         self.namespaces = Namespaces(options.cgroups, self._port, self.supervisor.listen, self.supervisor.unlisten)
         self._events: Events | None = None
-        self._orphans: list[Orphan] = []
-
-    @property
-    def workers(self) -> int:
-        return self.options.workers or self.mesh.agent.proxy.workers
+        self._orphans: list[orphans.Orphan] = []
+        self._scanner: asyncio.Task[None] | None = None
+        self._exempt = 0
+        self._ignored = mesh.agent
+        self.workers = options.workers or mesh.agent.proxy.workers
 
     @property
     def ready(self) -> bool:
@@ -86,69 +91,112 @@ class Agent:
     def stop(self) -> None:
         self._stop.set()
 
-    async def start(self) -> None:
-        """From attached tables to a proxy that serves. Raises Busy when the proxy's port is taken."""
-        loop = asyncio.get_running_loop()
-        exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
-        self._orphans = [Orphan(pid, sock) for pid, sock in orphans(self.options.instance)]
+    async def listen(self) -> None:
+        """Take over what workers of an earlier agent listen on, else listen. Raises Busy when the port is taken."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        self._orphans = await orphans.greet(self.options.instance)
         for orphan in self._orphans:
             for cookie, fds in await orphan.hand_over():
                 self.namespaces.adopt(cookie, fds)
         for served in self.namespaces.served.values():
             self.supervisor.listen(served)
         self.namespaces.start()
-        self._publish()
+
+    async def attach(self) -> None:
+        """Attach or upgrade, and open the pins for writing; the caller holds the lock."""
+        await asyncio.gather(*(orphan.use(self.mesh) for orphan in self._orphans))
+        dataplane.attach(self.options.instance, self.options.cgroups, self.mesh)
+        opened = dataplane.open_pins(self.options.instance)
+        assert opened is not None
+        self.plane = opened[0]
+
+    async def start(self) -> None:
+        """From attached tables to a proxy that serves."""
+        loop = asyncio.get_running_loop()
+        self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
+        self._tell_workers(self.mesh)
         await self.supervisor.start(self.workers)
-        async with asyncio.timeout(READY_SECONDS):
-            while not self.ready:
-                self._changed.clear()
-                await self._changed.wait()
-        self.plane.set_agent(self._port, exempt)
+        if not await self._settled(READY_SECONDS):
+            raise MeshError(f"the workers did not start within {READY_SECONDS:.0f} s: see the lines above")
+        drain = self.mesh.agent.proxy.drain
+        # They must not accept what hooks with newer tables lead here: they could not look it up.
+        await asyncio.gather(*(orphan.turn_deaf(drain) for orphan in self._orphans))
+        for orphan in self._orphans:
+            spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")
+        if self._stop.is_set():
+            return
+        self.plane.set_agent(self._port, self._exempt)
         self._events = Events(self.plane.maps_folder / "events", lambda event: self.namespaces.serve_process(event.pid))
         loop.add_reader(self._events.fileno(), self._events.read)
-        spawn(self._scan(), "scan namespaces")
-        for orphan in self._orphans:
-            spawn(orphan.end(self.mesh.agent.proxy.drain), f"drain earlier worker {orphan.pid}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+        self._scanner = spawn(self._scan(), "scan namespaces")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
             self.options.instance.name, os.getpid(), self.workers, self.mesh.generation, len(self.mesh.services),
         )  # fmt: skip
 
+    async def _settled(self, seconds: float) -> bool:
+        """Whether, in time, every worker serves the newest mesh; also True when it is time to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self.supervisor.ready < self.workers and not self._stop.is_set():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def follow(self, meshes: AsyncIterator[Mesh]) -> None:
         """Apply each mesh; one that the kernel refuses is logged, and the last good one stays."""
         async for mesh in meshes:
-            self.apply(mesh)
+            await self.apply(mesh)
 
-    def apply(self, mesh: Mesh) -> None:
+    async def apply(self, mesh: Mesh) -> None:
+        mesh = self._with_our_settings(mesh)
+        self._tell_workers(mesh)
+        await self._settled(SETTLE_SECONDS)
         try:
             applied = self.plane.apply(mesh)
         except MeshError as error:
             self.apply_error = str(error)
             log.error("mesh refused, the last one stays generation=%d error=%s", mesh.generation, error)
+            self._tell_workers(self.mesh)
             return
         self.apply_error = ""
         self.mesh = mesh
         self.applied_at = time.time()
         self.totals.adopt(mesh, time.monotonic())
-        self._publish()
+        dataplane.write_state(self.options.instance, self.plane.layout, self.options.cgroups, mesh)
         log.info(
             "mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes
         )
 
-    def _publish(self) -> None:
-        """The mesh for workers and for commands that read while no agent runs."""
+    def _with_our_settings(self, mesh: Mesh) -> Mesh:
+        """What only a start can change stays as it is; a change of it is logged."""
+        ours, new = self.mesh.agent, mesh.agent
+        kept = replace(
+            new,
+            registries=ours.registries,
+            maps=ours.maps,
+            admin=ours.admin,
+            proxy=ProxySettings(ours.proxy.listen, ours.proxy.workers, new.proxy.drain),
+        )
+        if new not in (kept, self._ignored):
+            names = [name for name in RESTART if getattr(kept, name) != getattr(new, name)]
+            log.warning("settings that need a restart have changed fields=%s", ",".join(names))
+        self._ignored = new
+        return replace(mesh, agent=kept)
+
+    def _tell_workers(self, mesh: Mesh) -> None:
         home = next(s for s in self.namespaces.served.values() if s.identity == self.namespaces.home)
         self.supervisor.use(
             {
-                "mesh": wire.encode(self.mesh),
+                "mesh": wire.encode(mesh),
                 "layout": self.plane.layout,
                 "cgroups": [str(path) for path in self.options.cgroups],
                 "cookie": home.cookie,
             }
         )
-        dataplane.write_state(self.options.instance, self.plane.layout, self.options.cgroups, self.mesh)
 
     def _report(self, incarnation: str, snapshot: Any) -> None:
         if snapshot is None:
@@ -166,23 +214,17 @@ class Agent:
         await self._stop.wait()
         drain = self.mesh.agent.proxy.drain
         log.info("draining seconds=%.1f", drain)
-        self.plane.set_agent(0, 0)  # from here on no connection is led to the proxy
-        if self._events is not None:
-            asyncio.get_running_loop().remove_reader(self._events.fileno())
+        self.plane.set_agent(0, self._exempt)  # from here on no connection is led to the proxy
         await self.supervisor.drain(drain)
-        self.namespaces.close()
-        if self._events is not None:
-            self._events.close()
         log.info("stopped pid=%d", os.getpid())
 
-
-def attach(options: Options, mesh: Mesh) -> Dataplane:
-    """Attach and open the pins for writing; the caller holds the lock."""
-    dataplane.attach(options.instance, options.cgroups, mesh)
-    opened = dataplane.open_pins(options.instance)
-    assert opened is not None
-    return opened[0]
-
-
-def cgroup_paths(paths: Sequence[Path], allow_root: bool) -> tuple[Path, ...]:
-    return tuple(environment.check_cgroup(path, allow_root) for path in paths)
+    async def close(self) -> None:
+        """Leave nothing open, wherever the start has got to."""
+        if self._scanner is not None:
+            self._scanner.cancel()
+        if self._events is not None:
+            asyncio.get_running_loop().remove_reader(self._events.fileno())
+            self._events.close()
+            self._events = None
+        await self.supervisor.drain(0.0)
+        self.namespaces.close()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loader.environment import cgroup2
+from meshbpf.errors import DataplaneError
 
 
 def own() -> Path:
@@ -30,7 +31,29 @@ def exempt(cgroups: Sequence[Path], instance: str) -> int:
     mine = own()
     if not any(mine.is_relative_to(cgroup) for cgroup in cgroups):
         return 0
-    leaf = mine if mine.name == f"meshbpf-agent-{instance}" else mine / f"meshbpf-agent-{instance}"
-    leaf.mkdir(exist_ok=True)
-    join(leaf)
+    leaf = mine if mine.name == _leaf(instance) else mine / _leaf(instance)
+    try:
+        leaf.mkdir(exist_ok=True)
+        join(leaf)
+    except OSError as error:
+        raise DataplaneError(
+            f"cannot move the agent from {mine}, which it leads, to {leaf}: {error.strerror}; start it elsewhere"
+        ) from error
     return leaf.stat().st_ino
+
+
+def remove_exempt(cgroups: Sequence[Path], instance: str) -> list[Path]:
+    """Remove the cgroups that `exempt` made and whose processes have ended; returns them."""
+    removed = []
+    for cgroup in cgroups:
+        for leaf in sorted(cgroup.rglob(_leaf(instance))):
+            try:
+                leaf.rmdir()
+            except OSError:
+                continue  # somebody lives in it
+            removed.append(leaf)
+    return removed
+
+
+def _leaf(instance: str) -> str:
+    return f"meshbpf-agent-{instance}"

@@ -31,7 +31,12 @@ class Channel:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = (), blob: Any = None) -> None:
-        """Queue a message. `fds` are duplicated, the caller keeps its own; `blob` is any JSON value, however large."""
+        """Queue a message. `fds` are duplicated, the caller keeps its own; `blob` is any JSON value, however large.
+
+        Nothing is kept for an end that is gone: `closed` has said so.
+        """
+        if self._sock.fileno() < 0:
+            return
         owned = [os.dup(fd) for fd in fds]
         if blob is not None:
             memory = os.memfd_create("meshbpf", os.MFD_CLOEXEC)

@@ -4,14 +4,15 @@ workers, so that a killed worker takes no waiting connection with it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 from dataclasses import dataclass, field
 
 from loader import abi, dataplane
-from meshbpf.errors import Busy
-from meshbpf.runtime import netns
+from meshbpf.errors import Busy, DataplaneError
+from meshbpf.runtime import netns, ports
 
 log = logging.getLogger("listeners")
 BACKLOG = 4096
@@ -57,9 +58,18 @@ def serve(fd: int, port: int) -> Served:
             try:
                 served.sockets.append(_listen(socket.AF_INET6, "::1", port))
             except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise
                 log.info("no IPv6 listener netns=%d error=%s", served.identity[1], error.strerror)
             served.cookie = dataplane.netns_cookie(served.sockets[0])
     except OSError as error:
+        why = f"cannot be listened on: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            with netns.inside(fd):
+                why = f"is taken by {ports.owner(port)}"
         served.close()
-        raise Busy(f"port {port} cannot be listened on in namespace {served.identity[1]}: {error.strerror}") from error
+        raise Busy(f"proxy port {port} {why} (network namespace {served.identity[1]})") from error
+    except DataplaneError:
+        served.close()
+        raise
     return served

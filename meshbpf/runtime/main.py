@@ -8,11 +8,13 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from aiohttp import web
+
 from meshbpf.model import Mesh
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api
-from meshbpf.runtime.agent import Agent, Options, attach, split_listen
+from meshbpf.runtime.agent import Agent, Options, split_listen
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
 from meshbpf.schema.files import load
@@ -39,11 +41,13 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         sources = Sources(paths, embedded, last_generation(options.instance))
         sources.start()
         mesh = await sources.first()
-        plane = attach(options, mesh)
-        agent = Agent(options, mesh, plane)
+        agent = Agent(options, mesh)
         metrics = Metrics(agent, sources)
-        runners = [await metrics.serve()]
+        runners: list[web.AppRunner] = []
         try:
+            await agent.listen()
+            runners.append(await metrics.serve())
+            await agent.attach()
             runners.append(await api.serve(options.instance.socket, metrics.status, embedded.registrar))
             await agent.start()
 
@@ -56,7 +60,7 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
             await agent.run()
             follower.cancel()
         finally:
+            await agent.close()
             for runner in runners:
                 await runner.cleanup()
             options.instance.socket.unlink(missing_ok=True)
-            plane.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from meshbpf.runtime import listeners, netns
 from meshbpf.runtime.listeners import Served
 
 log = logging.getLogger("namespaces")
+REFUSED_SECONDS = 1.0  # a namespace that could not be served is tried again at most this often
 EMPTY_SCANS = 2  # scans in a row that must find nobody, so that a fork between two reads is not mistaken for an end
 
 
@@ -29,13 +31,13 @@ class Namespaces:
         self._removed = removed
         self.home = netns.identity(netns.Own.fd())
         self.served: dict[int, Served] = {}
-        self.refused: dict[tuple[int, int], str] = {}
+        self.refused: dict[tuple[int, int], tuple[str, float]] = {}  # why, and when it was tried last
 
     def adopt(self, cookie: int, fds: Sequence[int]) -> None:
         """Take over a namespace with listening sockets from a worker that outlived its agent."""
         namespace, *rest = fds
         served = Served(netns.identity(namespace), namespace, cookie, [socket.socket(fileno=fd) for fd in rest])
-        if cookie in self.served or served.sockets[0].getsockname()[1] != self._port:
+        if cookie in self.served or not rest or served.sockets[0].getsockname()[1] != self._port:
             served.close()
             return
         self.served[cookie] = served
@@ -48,12 +50,17 @@ class Namespaces:
             self.serve_process(pid)
 
     def serve_process(self, pid: int) -> None:
-        """Serve the namespace of a process; a refusal is logged once per namespace and asked again on its next call."""
+        """Serve the namespace of a process. A refusal is logged once and tried again with the next call, but not more
+        often than every REFUSED_SECONDS: callers may come by the thousand."""
         fd = netns.of_process(pid)
         if fd is None:
             return
         identity = netns.identity(fd)
-        if any(served.identity == identity for served in self.served.values()):
+        refusal, tried = self.refused.get(identity, ("", -REFUSED_SECONDS))
+        if (
+            any(served.identity == identity for served in self.served.values())
+            or time.monotonic() - tried < REFUSED_SECONDS
+        ):
             os.close(fd)
             return
         if not environment.has_netns_cookies():
@@ -62,9 +69,9 @@ class Namespaces:
         try:
             served = listeners.serve(fd, self._port)
         except MeshError as error:
-            if self.refused.get(identity) != str(error):
+            if refusal != str(error):
                 log.error("namespace not served netns=%d pid=%d error=%s", identity[1], pid, error)
-            self.refused[identity] = str(error)
+            self.refused[identity] = (str(error), time.monotonic())
             return
         self.refused.pop(identity, None)
         self._keep(served)
@@ -86,6 +93,8 @@ class Namespaces:
                 del self.served[cookie]
                 self._removed(cookie)
                 served.close()
+        for identity in [identity for identity in self.refused if identity not in found]:
+            del self.refused[identity]
 
     def close(self) -> None:
         for served in self.served.values():

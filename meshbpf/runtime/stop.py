@@ -6,9 +6,10 @@ import asyncio
 import os
 import select
 import signal
+from pathlib import Path
 
 from loader.instance import Instance, owner
-from meshbpf.runtime.supervisor import Orphan, orphans
+from meshbpf.runtime import cgroup, orphans
 
 AGENT_SECONDS = 15.0  # its own drain is bounded too; this is for one that hangs
 WORKER_SECONDS = 5.0
@@ -39,7 +40,7 @@ def _stop_agent(pid: int) -> str | None:
 
 
 async def _stop_orphans(instance: Instance) -> list[str]:
-    left = [Orphan(pid, sock) for pid, sock in orphans(instance)]
+    left = await orphans.greet(instance)
     await asyncio.gather(*(orphan.end(WORKER_SECONDS) for orphan in left))
     return [f"worker {orphan.pid}" for orphan in left]
 
@@ -49,7 +50,9 @@ def stop_processes(instance: Instance) -> list[str]:
     if not instance.run.is_dir():
         return []
     stopped: list[str] = []
+    cgroups = [Path(path) for path in instance.read_state().get("cgroups", [])]
     pid = owner(instance)
     if pid and pid != os.getpid() and (line := _stop_agent(pid)):
         stopped.append(line)
-    return stopped + asyncio.run(_stop_orphans(instance))
+    stopped += asyncio.run(_stop_orphans(instance))
+    return stopped + [f"cgroup {path}" for path in cgroup.remove_exempt(cgroups, instance.name)]

@@ -1,4 +1,4 @@
-"""Starts workers, restarts a dead one, drains them, and adopts what an earlier agent left running.
+"""Starts workers, restarts one that died or hangs, and drains them.
 
 A worker's statistics outlive it: the last report of every incarnation is kept by `Telemetry` (telemetry.Totals).
 """
@@ -9,10 +9,10 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from meshbpf.tasks import spawn
 
 log = logging.getLogger("supervisor")
 RESTART_SECONDS = (0.0, 0.1, 0.5, 1.0, 5.0)  # a worker that keeps dying is restarted ever more slowly
-HANDOVER_SECONDS = 2.0
+LIVED_SECONDS = 10.0  # one that lived so long is restarted at once
+HUNG_TICKS = 10  # seconds in a row without its report: a worker that hangs keeps callers waiting for nothing
 REPORTS = Callable[[str, Any], None]  # (incarnation, its statistics; None: it is dead)
 
 
@@ -35,6 +36,9 @@ class Handle:
     process: asyncio.subprocess.Process
     channel: Channel | None = None
     generation: int = -1
+    started: float = 0.0
+    silent: int = 0  # ticks since its last word, counted from its first one
+    spoken: bool = False
 
 
 class Supervisor:
@@ -88,6 +92,17 @@ class Supervisor:
     async def start(self, workers: int) -> None:
         for number in range(workers):
             await self._start(number)
+        spawn(self._look_after(), "look for workers that hang")
+
+    async def _look_after(self) -> None:
+        """Ticks are counted, not seconds: after a pause of the whole machine everybody is a little late."""
+        while not self._stopping:
+            await asyncio.sleep(1.0)
+            for handle in self._handles.values():
+                handle.silent += handle.spoken
+                if handle.silent == HUNG_TICKS:
+                    log.error("worker hangs, killing it number=%d pid=%d", handle.number, handle.process.pid)
+                    handle.process.kill()
 
     async def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -98,13 +113,15 @@ class Supervisor:
             start_new_session=True,  # a Ctrl-C is for the agent, which then drains us
         )  # fmt: skip
         theirs.close()
-        handle = Handle(number, process)
+        handle = Handle(number, process, started=time.monotonic())
         handle.channel = Channel(ours, lambda message, fds: self._receive(handle, message, fds), lambda: None)
         self._handles[number] = handle
         if self._about is not None:
             handle.channel.send({"type": "mesh"}, blob=self._about)
             for served in self._served.values():
                 self._send_listener(handle, served)
+        if self._stopping:
+            handle.channel.send({"type": "drain", "seconds": 0.0})
         spawn(self._watch(handle), f"watch worker {number}")
 
     def _send_listener(self, handle: Handle, served: Served) -> None:
@@ -114,9 +131,9 @@ class Supervisor:
 
     def _receive(self, handle: Handle, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["type"]
+        handle.silent, handle.spoken = 0, True
         if kind == "using":
             handle.generation = int(message["generation"])
-            self._deaths.pop(handle.number, None)
             self._changed()
         elif kind == "stats":
             self._report(f"{handle.number}-{handle.process.pid}", message["blob"])
@@ -133,7 +150,8 @@ class Supervisor:
         self._changed()
         if self._stopping:
             return
-        deaths = self._deaths.get(handle.number, 0)
+        lived = time.monotonic() - handle.started
+        deaths = 0 if lived > LIVED_SECONDS else self._deaths.get(handle.number, 0)
         self._deaths[handle.number] = deaths + 1
         delay = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
         self.restarts += 1
@@ -163,64 +181,3 @@ class Supervisor:
                     log.warning("worker killed after the drain pid=%d", handle.process.pid)
                     handle.process.kill()
                     await task
-
-
-# --- workers that outlived their agent -------------------------------------------------------------------------------
-
-
-def orphans(instance: Instance) -> Iterable[tuple[int, socket.socket]]:
-    """(pid, connected socket) of every worker of this instance that is not ours; dead ones' sockets are removed."""
-    for path in sorted(instance.run.glob("worker-*.sock")):
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            sock.connect(str(path))
-        except OSError:
-            sock.close()
-            path.unlink(missing_ok=True)
-            continue
-        yield int(path.stem.split("-")[1]), sock
-
-
-class Orphan:
-    """A worker that an earlier agent left: gives its listeners, then drains."""
-
-    def __init__(self, pid: int, sock: socket.socket) -> None:
-        self.pid = pid
-        self.listeners: list[tuple[int, list[int]]] = []
-        self._handed = asyncio.Event()
-        self._gone = asyncio.Event()
-        self._channel = Channel(sock, self._receive, self._closed)
-
-    def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
-        if message["type"] == "listener":
-            self.listeners.append((int(message["netns"]), fds))
-        else:
-            for fd in fds:
-                os.close(fd)
-            if message["type"] == "handed over":
-                self._handed.set()
-
-    def _closed(self) -> None:
-        self._handed.set()
-        self._gone.set()
-
-    async def hand_over(self) -> list[tuple[int, list[int]]]:
-        """(namespace, [its descriptor, listeners…]) for each namespace it serves."""
-        self._channel.send({"type": "handover"})
-        try:
-            await asyncio.wait_for(self._handed.wait(), HANDOVER_SECONDS)
-        except TimeoutError:
-            log.warning("an earlier worker does not answer pid=%d", self.pid)
-        return self.listeners
-
-    async def end(self, seconds: float) -> None:
-        """Drain it; kill it when it has not ended in time."""
-        self._channel.send({"type": "drain", "seconds": seconds})
-        try:
-            await asyncio.wait_for(self._gone.wait(), seconds + 2.0)
-        except TimeoutError:
-            log.warning("an earlier worker is killed after the drain pid=%d", self.pid)
-            try:
-                os.kill(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                log.info("it had just ended pid=%d", self.pid)

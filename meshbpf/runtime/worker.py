@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,17 +22,19 @@ from typing import Any
 
 import uvloop
 
-from loader import abi
 from loader.dataplane import Dataplane
 from loader.environment import cgroup2
+from loader.flows import Flows
 from loader.instance import Instance
 from meshbpf import logs, wire
 from meshbpf.accesslog_format import wanted
+from meshbpf.errors import DataplaneError
 from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
 from meshbpf.record import Record
 from meshbpf.runtime import netns
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.workload import Workloads
+from meshbpf.tasks import spawn
 from userspace_proxy.accesslog import AccessLog
 from userspace_proxy.origin import Origin
 from userspace_proxy.server import Proxy
@@ -39,6 +42,7 @@ from userspace_proxy.stats import Stats
 
 log = logging.getLogger("worker")
 BEAT_SECONDS = 0.2  # five times within what the connect hook calls alive
+STRAGGLE_SECONDS = 0.05  # between a connect hook that saw the proxy's port and the connection's handshake
 REPORT_SECONDS = 1.0  # how much of the metrics a SIGKILL may cost
 
 
@@ -48,6 +52,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
         self._dataplane: Dataplane | None = None
+        self._flows: Flows | None = None
         self._proxy: Proxy | None = None
         self._access_log: AccessLog | None = None
         self._log_settings = AccessLogSettings()
@@ -59,10 +64,12 @@ class Worker:
         self._cookie = 0
         self._done = asyncio.Event()
         self._draining = False
+        self._drain_seconds = 0.0
 
     async def run(self, first: socket.socket) -> None:
         """Serve until drained. `first` is our end of the agent's channel."""
         path = self._instance.run / f"worker-{os.getpid()}.sock"
+        path.unlink(missing_ok=True)  # of somebody long dead who had our id
         door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         door.bind(str(path))
         path.chmod(0o600)
@@ -70,7 +77,7 @@ class Worker:
         door.setblocking(False)
         self._loop.add_reader(door.fileno(), self._take_agent, door)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, lambda: None)  # the agent decides: a drain comes by the channel
+            self._loop.add_signal_handler(number, self._told_to_end)
         self._channel = Channel(first, self._receive, self._agent_gone)
         self._channel.send({"type": "hello", "pid": os.getpid()})
         await self._done.wait()
@@ -90,9 +97,17 @@ class Worker:
             self._channel = Channel(sock, self._receive, self._agent_gone)
             self._channel.send({"type": "hello", "pid": os.getpid()})
 
+    def _told_to_end(self) -> None:
+        """A signal: who stops a whole unit signals us too, but then the agent decides when, and drains us."""
+        if self._channel is None:
+            self._drain(self._drain_seconds)
+
     def _agent_gone(self) -> None:
         self._channel = None
-        log.info("the agent is gone: serving the last mesh pid=%d", os.getpid())
+        if self._dataplane is None:
+            self._done.set()  # nothing was given to us to serve
+        else:
+            log.info("the agent is gone: serving the last mesh pid=%d", os.getpid())
 
     def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["type"]
@@ -112,6 +127,7 @@ class Worker:
     def _use(self, mesh: Mesh, about: dict[str, Any]) -> None:
         if self._dataplane is None:
             self._dataplane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
+            self._flows = Flows(self._dataplane.maps["flows"].fd)
             self._workloads = Workloads(cgroup2(), [Path(path) for path in about["cgroups"]])
             self._cookie = int(about["cookie"])
             self._proxy = Proxy(
@@ -137,6 +153,7 @@ class Worker:
         }
         self._stats.adopt(mesh, time.monotonic())
         self._proxy.use(mesh)
+        self._drain_seconds = mesh.agent.proxy.drain
         if self._channel is not None:
             self._channel.send({"type": "using", "generation": mesh.generation})
 
@@ -149,18 +166,25 @@ class Worker:
         self._access_log.write(record)
 
     def _origin(self, cookie: int, address: str, port: int) -> Origin | None:
-        assert self._dataplane is not None
-        flow = self._dataplane.origin(cookie, address, port)
+        assert self._flows is not None
+        flow = self._flows(cookie, address, port)
         if flow is None:
             return None
-        return Origin(abi.unpack_address(flow.asked), flow.asked_port, self._workloads(flow.cgroup), cookie)
+        asked, asked_port, cgroup_id = flow
+        return Origin(asked, asked_port, self._workloads(cgroup_id), cookie)
 
     def _make_socket(self, cookie: int, family: int) -> socket.socket:
-        """A socket in the caller's namespace, so that addresses and network policies stay the caller's."""
+        """A socket in the caller's namespace, so that addresses and network policies stay the caller's.
+
+        Raises OSError, as socket() does, also when the namespace is no longer served.
+        """
         if cookie == self._cookie:
             return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with netns.inside(self._namespaces[cookie]):
-            return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with netns.inside(self._namespaces[cookie]):
+                return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except (KeyError, DataplaneError) as error:
+            raise OSError(errno.ENETDOWN, "the caller's network namespace is gone") from error
 
     def _listen(self, cookie: int, fds: list[int]) -> None:
         namespace, *listeners = fds
@@ -190,14 +214,27 @@ class Worker:
         self._channel.send({"type": "handed over"})
 
     def _drain(self, seconds: float) -> None:
+        """Serve what was led here before the agent took the port back, then accept no more and finish."""
         if self._draining:
             return
         self._draining = True
-        for cookie in list(self._listeners):
+        spawn(self._finish(seconds), "drain")
+
+    async def _finish(self, seconds: float) -> None:
+        try:
+            await asyncio.sleep(STRAGGLE_SECONDS)
+            while self._listeners:  # not the namespaces: what is under way may still have to dial in them
+                cookie, sockets = self._listeners.popitem()
+                if self._proxy is not None:
+                    self._proxy.unlisten(cookie)
+                for sock in sockets:
+                    sock.close()
+            if self._channel is not None:
+                self._channel.send({"type": "deaf"})
             if self._proxy is not None:
-                self._proxy.unlisten(cookie)
-        task = asyncio.ensure_future(self._proxy.drain(seconds) if self._proxy else asyncio.sleep(0))
-        task.add_done_callback(lambda _task: self._done.set())
+                await self._proxy.drain(seconds)
+        finally:
+            self._done.set()
 
     def _beat(self) -> None:
         """Say that the loop turns. A worker that drains no longer vouches for new connections."""
