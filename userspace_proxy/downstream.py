@@ -114,16 +114,23 @@ class Downstream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A caller may close its side and still wait for the answer: with plain TCP it would get it."""
         self.eof = True
-        exchange = self.exchange
-        if exchange is None or self._deaf:
+        if self.exchange is None or self._deaf:
             return self._deaf == RELAYS
-        if not exchange.whole_request:
+        if not self._parked:
+            self._ended()
+        return not self.lost
+
+    def _ended(self) -> None:
+        """The caller sends no more, and all it sent is read."""
+        exchange = self.exchange
+        if exchange is None:
+            self.transport.close()
+        elif exchange.whole_request:
+            exchange.half_close()
+        else:
             self.lost = True
             exchange.fail(Reason.DOWNSTREAM_CLOSED)
-            return False
-        if not self._parked:
-            exchange.half_close()
-        return True
+            self.transport.close()
 
     def hold(self, why: int) -> None:
         if not self.held:
@@ -204,8 +211,10 @@ class Downstream(asyncio.Protocol):
                     self._park(data)
                 break
             if self._deaf or self.lost:
-                break
+                return
         self._busy = False
+        if self.eof and (not self._parked or self._headed) and not self._deaf:
+            self._ended()
 
     def _await_head(self, data: bytes) -> None:
         """Keep part of a head, unless it is already clear that it can be no good."""
@@ -360,6 +369,11 @@ class Downstream(asyncio.Protocol):
         self.transport.write_eof()
         self.transport.resume_reading()
         self.until(self.now() + self.limits.linger)
+
+    @property
+    def last(self) -> bool:
+        """Will no other request come behind the one being answered?"""
+        return self.proxy.draining or (self.eof and not self._parked)
 
     def until(self, deadline: float) -> None:
         self.proxy.wheel.at(self, deadline)

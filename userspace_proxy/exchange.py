@@ -327,7 +327,7 @@ class Exchange:
         """How the caller's connection goes on behind this answer."""
         down = self.down
         fields = self.fields
-        if by_close or fields.close or not self.whole_request or down.eof or down.proxy.draining:
+        if by_close or fields.close or not self.whole_request or down.last:
             return CLOSE
         if down.version_10:
             return KEEP_10 if fields.keep_alive else CLOSE
