@@ -9,11 +9,13 @@ was handed the socket by the one that connected, is not seen. A process that we 
 from __future__ import annotations
 
 import os
+import select
 import time
 from dataclasses import dataclass
 
 KEEP = 1.0  # seconds that a look stays valid
 COST = 100  # ... or this many times as long as it took: a process with 10 000 files is not looked at all day
+PROCESSES = 64  # remembered at a time, a file descriptor each
 ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
 
@@ -58,30 +60,49 @@ def _waited_for(folder: str, epolls: list[str]) -> set[int]:
 
 @dataclass(slots=True)
 class _Look:
-    started: bytes
+    process: int  # a pidfd: it stays with this process when its number is given to another
     splices: bool
     until: float
 
 
 class Pipes:
-    """Remembers looks, one per process; a pid that was given to another process is looked at anew."""
+    """Remembers looks, one per process, for as long as the process lives and the look is fresh."""
 
     def __init__(self) -> None:
         self._looks: dict[int, _Look] = {}
 
     def may_splice(self, pid: int) -> bool:
         begin = time.monotonic()
+        look = self._looks.get(pid)
+        if look is not None and begin < look.until and not _ended(look.process):
+            return look.splices
+        self._forget(pid)
         try:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                started = file.read().rpartition(b")")[2].split()[19]
-            look = self._looks.get(pid)
-            if look is not None and look.started == started and begin < look.until:
-                return look.splices
-            splices = holds_payload_pipe(pid)
+            process = os.pidfd_open(pid)
         except OSError:
             return True
+        try:
+            splices = holds_payload_pipe(pid)
+        except OSError:
+            splices = True
         now = time.monotonic()
-        if len(self._looks) >= 1024:
-            self._looks = {key: value for key, value in self._looks.items() if now < value.until}
-        self._looks[pid] = _Look(started, splices, now + max(KEEP, COST * (now - begin)))
+        if len(self._looks) >= PROCESSES:
+            for old in [old for old, kept in self._looks.items() if kept.until < now] or [next(iter(self._looks))]:
+                self._forget(old)
+        self._looks[pid] = _Look(process, splices, now + max(KEEP, COST * (now - begin)))
         return splices
+
+    def close(self) -> None:
+        for pid in list(self._looks):
+            self._forget(pid)
+
+    def _forget(self, pid: int) -> None:
+        look = self._looks.pop(pid, None)
+        if look is not None:
+            os.close(look.process)
+
+
+def _ended(process: int) -> bool:
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(0))

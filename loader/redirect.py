@@ -13,7 +13,9 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from loader import abi, libbpf
 from loader.pipes import Pipes
@@ -93,6 +95,12 @@ def drain(maps: Path, seconds: float = DRAIN_SECONDS) -> int:
 
 
 # --- in the hands of a worker ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _packed(address: str) -> Any:
+    """Most callers are on few addresses, and reading one costs as much as asking the kernel."""
+    return abi.pack_address(address)
 
 
 class Commands:
@@ -194,9 +202,9 @@ class Redirector:
         command = abi.Command(
             op=abi.Op.JOIN,
             netns=netns,
-            local=abi.pack_address(client),
+            local=_packed(client),
             local_port=client_port,
-            remote=abi.pack_address(local),
+            remote=_packed(local),
             remote_port=local_port,
         )
         # One client process asks most of the time: try with the one that was looked at last.
@@ -215,3 +223,4 @@ class Redirector:
 
     def close(self) -> None:
         self._commands.close()
+        self._pipes.close()
