@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loader import dataplane
+from loader import dataplane, selftest
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
 from meshbpf import wire
 from meshbpf.errors import MeshError
-from meshbpf.model import Mesh, ProxySettings
+from meshbpf.model import Acceleration, Mesh, ProxySettings
 from meshbpf.runtime import cgroup, orphans
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Supervisor
@@ -83,6 +83,9 @@ class Agent:
         self._exempt = 0
         self._ignored = mesh.agent
         self.workers = options.workers or mesh.agent.proxy.workers
+        self.acceleration = "off"
+        self.acceleration_why = "the self-test has not run yet"
+        self._trial: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -130,6 +133,7 @@ class Agent:
         self._events = Events(self.plane.maps_folder / "events", lambda event: self.namespaces.serve_process(event.pid))
         loop.add_reader(self._events.fileno(), self._events.read)
         self._scanner = spawn(self._scan(), "scan namespaces")
+        self._trial = spawn(self._accelerate(), "try acceleration")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
             self.options.instance.name, os.getpid(), self.workers, self.mesh.generation, len(self.mesh.services),
@@ -195,8 +199,20 @@ class Agent:
                 "layout": self.plane.layout,
                 "cgroups": [str(path) for path in self.options.cgroups],
                 "cookie": home.cookie,
+                "redirect": self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF,
             }
         )
+
+    async def _accelerate(self) -> None:
+        """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).
+
+        Not before: connections are served by plain TCP meanwhile, so the start does not wait for the self-test.
+        """
+        ok, why = await asyncio.to_thread(selftest.redirect_supported, self.options.instance)
+        self.acceleration, self.acceleration_why = ("redirect", "self-test passed") if ok else ("off", why)
+        log.info("acceleration=%s why=%s", self.acceleration, self.acceleration_why)
+        if ok:
+            self._tell_workers(self.mesh)
 
     def _report(self, incarnation: str, snapshot: Any) -> None:
         if snapshot is None:
@@ -222,6 +238,8 @@ class Agent:
         """Leave nothing open, wherever the start has got to."""
         if self._scanner is not None:
             self._scanner.cancel()
+        if self._trial is not None:
+            self._trial.cancel()
         if self._events is not None:
             asyncio.get_running_loop().remove_reader(self._events.fileno())
             self._events.close()

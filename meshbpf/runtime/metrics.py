@@ -86,7 +86,7 @@ class Metrics:
             "workers": agent.workers,
             "worker_pids": agent.supervisor.pids,
             "restarts": agent.supervisor.restarts,
-            "acceleration": agent.mesh.agent.acceleration.value,
+            "acceleration": f"{agent.acceleration} ({agent.acceleration_why})",
             "generation": agent.mesh.generation,
             "sources": self._sources.report(),
             "error": agent.apply_error,

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from loader.dataplane import Dataplane
 from loader.environment import cgroup2
 from loader.flows import Flows
 from loader.instance import Instance
+from loader.redirect import Redirector
 from meshbpf import logs, wire
 from meshbpf.accesslog_format import wanted
 from meshbpf.errors import DataplaneError
@@ -53,6 +55,7 @@ class Worker:
         self._channel: Channel | None = None
         self._dataplane: Dataplane | None = None
         self._flows: Flows | None = None
+        self._redirector: Redirector | None = None
         self._proxy: Proxy | None = None
         self._access_log: AccessLog | None = None
         self._log_settings = AccessLogSettings()
@@ -152,10 +155,24 @@ class Worker:
             if (policy := mesh.policy_for(service)).access_log.sample_percent < 100.0
         }
         self._stats.adopt(mesh, time.monotonic())
+        self._redirect(bool(about["redirect"]))
         self._proxy.use(mesh)
         self._drain_seconds = mesh.agent.proxy.drain
         if self._channel is not None:
             self._channel.send({"type": "using", "generation": mesh.generation})
+
+    def _redirect(self, wanted: bool) -> None:
+        """New connections may join the redirect table, or may no longer; those inside stay until they leave."""
+        assert self._proxy is not None and self._dataplane is not None
+        if wanted and self._redirector is None:
+            try:
+                self._redirector = Redirector(self._dataplane.maps_folder, self._in_netns, self._cookie)
+            except DataplaneError as error:
+                log.warning("no redirect table here: all goes by TCP error=%s", error)
+        self._proxy.accelerator = self._redirector if wanted else None
+
+    def _in_netns(self, cookie: int) -> AbstractContextManager[None]:
+        return netns.inside(self._namespaces[cookie])
 
     def _sink(self, record: Record) -> None:
         self._stats.record(record)
