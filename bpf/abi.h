@@ -100,12 +100,13 @@ _Static_assert(sizeof(struct service_value) == 4, "service_value");
 
 struct policy_value {
 	u32 slots;
+	u32 slots4;
 	u8 carrier;
 	u8 pick;
 	u8 on_proxy_down;
 	u8 pad;
 };
-_Static_assert(sizeof(struct policy_value) == 8, "policy_value");
+_Static_assert(sizeof(struct policy_value) == 12, "policy_value");
 
 struct slot_key {
 	u32 service_id;
@@ -128,10 +129,12 @@ _Static_assert(sizeof(struct endpoint_value) == 20, "endpoint_value");
 
 struct agent_state {
 	u64 exempt_cgroup;
+	u32 next_service;
+	u32 next_endpoint;
 	__be16 proxy_port;
 	u16 pad[3];
 };
-_Static_assert(sizeof(struct agent_state) == 16, "agent_state");
+_Static_assert(sizeof(struct agent_state) == 24, "agent_state");
 
 struct origin {
 	u64 netns;

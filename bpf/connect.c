@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
 /*
- * cgroup/connect4, connect6, getpeername4, getpeername6: where a connection goes, and what its application is told.
+ * cgroup/connect4, connect6, getpeername4, getpeername6: where a connection goes, and what its application is
+ * told.
  *
- * The rule of this file: a connect() may be led elsewhere, but it is never answered with an error that plain TCP would
- * not have given. Refusing means leading to port 0 of the loopback, where nobody can listen: ECONNREFUSED on every
- * kernel, never EPERM.
+ * The rule of this file: a connect() may be led elsewhere, but it is never answered with an error that plain
+ * TCP would not have given. Refusing means leading to port 0 of the loopback, where nobody can listen:
+ * ECONNREFUSED on every kernel, never EPERM.
  */
 #include "maps.h"
 #include "lib/address.h"
@@ -22,19 +23,20 @@ struct destination {
 	u8 pad;
 };
 
-/* A slot's endpoint. Tried a few times, because the loader may be changing the tables under us: between two reads an
- * endpoint can be gone, and then the next slot's is as good. */
+/* A slot's endpoint. Tried a few times, because the loader may be changing the tables under us: between two
+ * reads an endpoint can be gone, and then the next slot's is as good. */
 static __always_inline bool pick_endpoint(u32 service_id, const struct policy_value *policy, bool ipv4_only,
 					  struct destination *to)
 {
+	u32 count_of_slots = ipv4_only ? policy->slots4 : policy->slots; /* IPv4 endpoints come first */
 	u64 start = bpf_get_prandom_u32();
 	u64 *round;
 
 	if (policy->pick == PICK_ROUND_ROBIN) {
 		round = rounds.lookup(&service_id);
 		if (round) {
-			/* Read and add apart: two CPUs may pick the same slot, which costs nothing; a fetching
-			 * add would cost kernels before 5.12. */
+			/* Read and add apart: two CPUs may pick the same slot, which costs nothing; a
+			 * fetching add would cost kernels before 5.12. */
 			start = *round;
 			__sync_fetch_and_add(round, 1);
 		}
@@ -45,9 +47,9 @@ static __always_inline bool pick_endpoint(u32 service_id, const struct policy_va
 		struct endpoint_value *endpoint;
 		struct slot_value *slot;
 
-		if (!policy->slots)
+		if (!count_of_slots)
 			return false;
-		key.index = (start + try) % policy->slots;
+		key.index = (start + try) % count_of_slots;
 		slot = slots.lookup(&key);
 		if (slot) {
 			u32 endpoint_id = slot->endpoint_id;
@@ -65,9 +67,10 @@ static __always_inline bool pick_endpoint(u32 service_id, const struct policy_va
 	return false;
 }
 
-/* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its socket priority,
- * which only CAP_NET_ADMIN can set. */
-static __always_inline bool proxy_listens(struct bpf_sock_addr *ctx, const struct agent_state *state, bool ipv4)
+/* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its socket
+ * priority, which only CAP_NET_ADMIN can set. */
+static __always_inline bool proxy_listens(struct bpf_sock_addr *ctx, const struct agent_state *state,
+					  bool ipv4)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *listener;
@@ -98,17 +101,22 @@ static __always_inline u64 namespace_of(struct bpf_sock_addr *ctx)
 #if NETNS_COOKIES
 	return bpf_get_netns_cookie(ctx);
 #else
-	return 0; /* user space could not learn a cookie (before 5.14): only the first namespace is governed */
+	return 0; /* user space could not learn a cookie (before 5.14): only the first namespace is governed
+		   */
 #endif
 }
 
 /* Whether a governed connection can go to the proxy now; if not, the reason why. */
-static __always_inline enum reason proxy_ready(struct bpf_sock_addr *ctx, const struct agent_state *state, bool ipv4)
+static __always_inline enum reason proxy_ready(struct bpf_sock_addr *ctx, const struct agent_state *state,
+					       bool ipv4)
 {
 	int zero = 0;
 	u64 *beat = heartbeat.lookup(&zero);
+	/* Read before the clock, or a worker that beats in between would seem to live in the future, and
+	 * hang. */
+	u64 last = beat ? *beat : 0;
 	/* Port 0: no agent has started, or it is draining and wants no more. */
-	bool alive = state->proxy_port && beat && bpf_ktime_get_ns() - *beat < HEARTBEAT_MAX_NS;
+	bool alive = state->proxy_port && beat && bpf_ktime_get_ns() - last < HEARTBEAT_MAX_NS;
 
 #if !NETNS_COOKIES
 	if (bpf_get_netns_cookie(ctx) != bpf_get_netns_cookie(0))
@@ -119,9 +127,9 @@ static __always_inline enum reason proxy_ready(struct bpf_sock_addr *ctx, const 
 	if (!alive)
 		return REASON_PROXY_ABSENT;
 	struct event event = {
-		.netns = namespace_of(ctx),
-		.pid = bpf_get_current_pid_tgid() >> 32,
-		.reason = REASON_PROXY_NOT_IN_NETNS,
+	    .netns = namespace_of(ctx),
+	    .pid = bpf_get_current_pid_tgid() >> 32,
+	    .reason = REASON_PROXY_NOT_IN_NETNS,
 	};
 	events.ringbuf_output(&event, sizeof(event), 0);
 	return REASON_PROXY_NOT_IN_NETNS;
@@ -137,7 +145,8 @@ static __always_inline void refuse(struct destination *to, bool ipv4)
 	to->carrier = CARRIED_DIRECT;
 }
 
-/* Decide where `key` leads. False: it is no service of ours, or we are asked to keep out; the call stays as it is. */
+/* Decide where `key` leads. False: it is no service of ours, or we are asked to keep out; the call stays as
+ * it is. */
 static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *key, bool ipv4_socket,
 				 struct destination *to)
 {
@@ -237,8 +246,8 @@ int connect6(struct bpf_sock_addr *ctx)
 	return 1;
 }
 
-/* The storage of a socket whose peer is the one we led it to. A socket that was connected again, to somewhere else,
- * keeps its true peer. */
+/* The storage of a socket whose peer is the one we led it to. A socket that was connected again, to somewhere
+ * else, keeps its true peer. */
 static __always_inline struct origin *led_to(struct bpf_sock_addr *ctx, const u8 *peer)
 {
 	struct bpf_sock *sk = ctx->sk;

@@ -77,9 +77,11 @@ class ServiceValue(ct.Structure):
 
 
 class PolicyValue(ct.Structure):
-    """How the connect hook treats a service; `slots` is how many slots may be picked from."""
+    """How the connect hook treats a service. `slots` is how many slots may be picked from; the first `slots4` of them
+    are IPv4 endpoints, all that an IPv4 socket can reach.
+    """
 
-    _fields_ = [("slots", u32), ("carrier", u8), ("pick", u8), ("on_proxy_down", u8), ("pad", u8)]
+    _fields_ = [("slots", u32), ("slots4", u32), ("carrier", u8), ("pick", u8), ("on_proxy_down", u8), ("pad", u8)]
 
 
 class SlotKey(ct.Structure):
@@ -95,9 +97,17 @@ class EndpointValue(ct.Structure):
 
 
 class AgentState(ct.Structure):
-    """The one entry of `agent`: which cgroup is the agent's own, and where its proxy listens."""
+    """The one entry of `agent`: which cgroup is the agent's own, where its proxy listens, and, for the loader alone,
+    the first ids never used.
+    """
 
-    _fields_ = [("exempt_cgroup", u64), ("proxy_port", be16), ("pad", u16 * 3)]
+    _fields_ = [
+        ("exempt_cgroup", u64),
+        ("next_service", u32),
+        ("next_endpoint", u32),
+        ("proxy_port", be16),
+        ("pad", u16 * 3),
+    ]
 
 
 class Origin(ct.Structure):

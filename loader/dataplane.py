@@ -19,9 +19,9 @@ from typing import Any
 from loader import abi, btf, compile, environment, libbpf, redirect
 from loader.diff import diff
 from loader.instance import Instance
-from loader.plan import TABLES, Plan, Tables, plan
+from loader.plan import TABLES, Ids, Plan, Tables, plan
 from meshbpf import wire
-from meshbpf.errors import DataplaneError, EnvironmentLack
+from meshbpf.errors import Busy, DataplaneError, EnvironmentLack, MeshError
 from meshbpf.model import MapSizes, Mesh
 from meshbpf.reason import Reason
 
@@ -30,11 +30,11 @@ CGROUP_HOOKS = {"getpeername4": 29, "getpeername6": 30, "sockops": 3, "connect4"
 # table → key size, value size, per CPU
 SHAPES: dict[str, tuple[int, int, bool]] = {
     "services": (20, 4, False),
-    "policies": (4, 8, False),
+    "policies": (4, 12, False),
     "slots": (8, 4, False),
     "endpoints": (4, 20, False),
     "rounds": (4, 8, False),
-    "agent": (4, 16, False),
+    "agent": (4, 24, False),
     "heartbeat": (4, 8, False),
     "flows": (32, 40, False),
     "connections": (4, 32, True),
@@ -70,8 +70,11 @@ class Dataplane:
     def apply(self, mesh: Mesh) -> Applied:
         """Make the kernel hold `mesh`. Raises MapFull (nothing lost: what was there stays served)."""
         have = self.read_tables() if self._have is None else self._have
-        planned = plan(mesh, have)
+        state = self._agent_state()
+        planned = plan(mesh, have, Ids(state.next_service, state.next_endpoint))
         self._have = None  # a failure half-way is read back from the kernel next time
+        state.next_service, state.next_endpoint = planned.free.service, planned.free.endpoint
+        self.maps["agent"].update(bytes(4), bytes(state))
         self._make_rows(planned)
         writes = 0
         for write in diff(have, planned.tables):
@@ -86,11 +89,12 @@ class Dataplane:
 
     def _make_rows(self, planned: Plan) -> None:
         """Every service id has its round-robin position and its connection counts before a hook can look."""
-        for service_id in planned.service_ids:
-            key = service_id.to_bytes(4, "little")
-            for name in ("rounds", "connections"):
-                with contextlib.suppress(DataplaneError):  # EEXIST: it goes on counting
-                    self.maps[name].update(key, bytes(self.maps[name].value_size), libbpf.NOEXIST)
+        for name in ("rounds", "connections"):
+            there = set(self.maps[name].keys())
+            for service_id in planned.service_ids:
+                key = service_id.to_bytes(4, "little")
+                if key not in there:  # else it goes on counting
+                    self.maps[name].update(key, bytes(self.maps[name].value_size))
 
     def _drop_rows(self, planned: Plan) -> None:
         for name in ("rounds", "connections"):
@@ -100,7 +104,12 @@ class Dataplane:
 
     def set_agent(self, proxy_port: int, exempt_cgroup: int) -> None:
         """Tell connect where the proxy listens and whose connections are our own (0: nobody's)."""
-        self.maps["agent"].update(bytes(4), bytes(abi.AgentState(exempt_cgroup, proxy_port)))
+        state = self._agent_state()
+        state.exempt_cgroup, state.proxy_port = exempt_cgroup, proxy_port
+        self.maps["agent"].update(bytes(4), bytes(state))
+
+    def _agent_state(self) -> abi.AgentState:
+        return abi.AgentState.from_buffer_copy(self.maps["agent"].lookup(bytes(4)) or bytes(24))
 
     def beat(self, now_ns: int) -> None:
         """A worker lives: CLOCK_MONOTONIC in nanoseconds."""
@@ -131,11 +140,6 @@ class Dataplane:
             found[int.from_bytes(key, "little")] = (a, b, c, d)
         return found
 
-    def origin(self, netns: int, address: str, port: int) -> abi.FlowValue | None:
-        """What the connection from `address`:`port` within the namespace dialled; None when we led none here."""
-        raw = self.maps["flows"].lookup(bytes(abi.FlowKey(netns, abi.pack_address(address), port)))
-        return None if raw is None else abi.FlowValue.from_buffer_copy(raw)
-
     def close(self) -> None:
         for table in self.maps.values():
             table.close()
@@ -158,6 +162,7 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
     """
     environment.require_capabilities()
     environment.require_bpffs()
+    _refuse_shared(instance, cgroups)
     sizes = mesh.agent.maps
     cookies = environment.has_netns_cookies()
     fields_of_kernel, lack = _redirect_defines()
@@ -195,26 +200,56 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
         dataplane.close()
 
 
+def _refuse_shared(instance: Instance, cgroups: Sequence[Path]) -> None:
+    """Raises Busy when another instance leads one of the cgroups: each call has one mesh. Nested ones are fine: the
+    inner instance leads what it knows, the outer one the rest.
+    """
+    for cgroup in cgroups:
+        for pin in instance.pins.parent.glob(f"*/links/{cgroup.stat().st_ino}-*"):
+            other = pin.parent.parent.name
+            if other != instance.name:
+                raise Busy(f"{cgroup} is led by instance {other}: name another cgroup, or detach --instance {other}")
+
+
 def _attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path) -> Iterator[str]:
-    for hook, attach_type in CGROUP_HOOKS.items():
-        program = libbpf.get(stage / hook)
-        try:
+    """Replace what runs, connect first: with other tables, a new sockops would not know what an old connect decided.
+    Then attach what is missing, connect last.
+    """
+    missing = []
+    for hook in reversed(CGROUP_HOOKS):
+        with _opened(stage / hook) as program:
             for cgroup in cgroups:
                 pin = instance.links / f"{cgroup.stat().st_ino}-{hook}"
-                if pin.exists():
-                    link = libbpf.get(pin)
+                if not pin.exists():
+                    missing.append((hook, cgroup, pin))
+                    continue
+                with _opened(pin) as link:
                     libbpf.link_update(link, program)
-                else:
-                    target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                    try:
-                        link = libbpf.link_create(program, target, attach_type)
-                    finally:
-                        os.close(target)
-                    libbpf.pin(link, pin)
-                os.close(link)
                 yield f"{hook} on {cgroup.name}"
-        finally:
-            os.close(program)
+    for hook, cgroup, pin in reversed(missing):
+        with _opened(stage / hook) as program:
+            target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                link = libbpf.link_create(program, target, CGROUP_HOOKS[hook])
+            except DataplaneError as error:
+                raise DataplaneError(
+                    f"{hook} on {cgroup}: {error}; a program attached there without BPF_F_ALLOW_MULTI refuses others:"
+                    f" bpftool cgroup show {cgroup} effective"
+                ) from error
+            finally:
+                os.close(target)
+            libbpf.pin(link, pin)
+            os.close(link)
+        yield f"{hook} on {cgroup.name}"
+
+
+@contextlib.contextmanager
+def _opened(pin: Path) -> Iterator[int]:
+    fd = libbpf.get(pin)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _drop_stale(instance: Instance, cgroups: Sequence[Path], layout: str) -> None:
@@ -246,8 +281,15 @@ def write_state(
 
 
 def attach(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> None:
-    for _ in attach_steps(instance, cgroups, mesh, naive):
-        pass
+    """All of `attach_steps`. A first attach that fails leaves nothing; a failed upgrade leaves what ran before."""
+    first, begun = not instance.read_state(), False
+    try:
+        for _ in attach_steps(instance, cgroups, mesh, naive):
+            begun = True
+    except (MeshError, OSError):
+        if first and begun:
+            detach(instance)
+        raise
 
 
 def open_pins(instance: Instance) -> tuple[Dataplane, Mesh] | None:

@@ -64,15 +64,16 @@ def require_bpffs() -> None:
 def check_cgroup(path: Path, allow_root: bool = False) -> Path:
     """`path` as an absolute cgroup2 directory. Raises EnvironmentLack: missing, another file system, the root."""
     top = cgroup2()
+    tops = [Path(point) for point, kind in mounts() if kind == "cgroup2"]
     resolved = path.resolve()
     if not resolved.is_dir():
         raise EnvironmentLack(
             f"cgroup {path} does not exist",
             f"mkdir {path}, or name a systemd slice: {top}/system.slice/NAME.service",
         )
-    if not resolved.is_relative_to(top) or not (resolved / "cgroup.procs").exists():
+    if not any(map(resolved.is_relative_to, tops)) or not (resolved / "cgroup.procs").exists():
         raise EnvironmentLack(f"{path} is not a cgroup2 directory", f"choose one below {top}")
-    if resolved == top and not allow_root:
+    if resolved in tops and not allow_root:
         raise EnvironmentLack(
             f"{path} is the machine's root cgroup: every process would be led",
             "choose a child cgroup, or say --allow-root-cgroup",

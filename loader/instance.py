@@ -85,15 +85,22 @@ class Lock:
     """Exclusive right to change the instance, for as long as the process holds it. Raises Busy, naming the owner."""
 
     def __init__(self, instance: Instance) -> None:
-        instance.make_run()
         path = instance.run / "lock"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(self._fd, 64, 0).decode() or "unknown"
-            os.close(self._fd)
-            raise Busy(f"instance {instance.name} is in use by process {owner}") from error
+        while True:
+            instance.make_run()
+            try:
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # a detach removed the folder just now
+                continue
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(self._fd, 64, 0).decode() or "unknown"
+                os.close(self._fd)
+                raise Busy(f"instance {instance.name} is in use by process {owner}") from error
+            if _is(path, self._fd):
+                break
+            os.close(self._fd)  # the lock of a folder that a detach has removed: nobody else would see it
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, str(os.getpid()).encode(), 0)
 
@@ -109,11 +116,25 @@ class Lock:
         self.release()
 
 
-def owner(instance: Instance) -> int:
-    """The process that holds the instance's lock, or 0."""
+def _is(path: Path, fd: int) -> bool:
     try:
-        with instance.lock():
-            return 0
-    except Busy:
-        text = (instance.run / "lock").read_text()
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def owner(instance: Instance) -> int:
+    """The process that holds the instance's lock, or 0. Makes nothing."""
+    try:
+        fd = os.open(instance.run / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(fd, 64, 0).decode()
         return int(text) if text.isdigit() else 0
+    else:
+        return 0
+    finally:
+        os.close(fd)
