@@ -2,7 +2,8 @@
 /*
  * sockops: a connection that connect led somewhere is established, and later ends.
  *
- * Established comes before the handshake's last packet leaves, so `flows` holds the entry before the proxy can accept.
+ * Established comes before the handshake's last packet leaves, so `flows` holds the entry before the proxy
+ * can accept.
  */
 #include "maps.h"
 #include "lib/address.h"
@@ -10,18 +11,45 @@
 
 #define TCP_CLOSED 7
 
-static __always_inline void flow_key_of(struct bpf_sock_ops *ops, const struct origin *origin, struct flow_key *key)
-{
-	/* All words before the branch: inside it the compiler would merge the loads into one from a computed context
-	 * address, which the verifier refuses. */
-	u32 ip4 = ops->local_ip4, a = ops->local_ip6[0], b = ops->local_ip6[1], c = ops->local_ip6[2],
-	    d = ops->local_ip6[3];
+/* A word of the context, read here and now: the compiler would else merge loads of several branches into one
+ * from a computed context address, which the verifier refuses. */
+#define READ(_name, _field)                                                                                  \
+	u32 _name = ops->_field;                                                                             \
+	asm volatile("" : "+r"(_name))
 
-	key->netns = origin->netns;
+static __always_inline void local_address(struct bpf_sock_ops *ops, u8 *address)
+{
+	READ(ip4, local_ip4);
+	READ(a, local_ip6[0]);
+	READ(b, local_ip6[1]);
+	READ(c, local_ip6[2]);
+	READ(d, local_ip6[3]);
+
 	if (ops->family == FAMILY_IPV4)
-		set_address4(key->address, ip4);
+		set_address4(address, ip4);
 	else
-		set_address6(key->address, a, b, c, d);
+		set_address6(address, a, b, c, d);
+}
+
+static __always_inline void remote_address(struct bpf_sock_ops *ops, u8 *address)
+{
+	READ(ip4, remote_ip4);
+	READ(a, remote_ip6[0]);
+	READ(b, remote_ip6[1]);
+	READ(c, remote_ip6[2]);
+	READ(d, remote_ip6[3]);
+
+	if (ops->family == FAMILY_IPV4)
+		set_address4(address, ip4);
+	else
+		set_address6(address, a, b, c, d);
+}
+
+static __always_inline void flow_key_of(struct bpf_sock_ops *ops, const struct origin *origin,
+					struct flow_key *key)
+{
+	key->netns = origin->netns;
+	local_address(ops, key->address);
 	key->port = __builtin_bswap16(ops->local_port);
 }
 
@@ -33,10 +61,10 @@ static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *orig
 	if (origin->carrier == CARRIED_PROXY) {
 		struct flow_key key = {};
 		struct flow_value flow = {
-			.cgroup = origin->cgroup,
-			.asked_port = origin->asked_port,
-			.service_id = service_id,
-			.pid = origin->pid,
+		    .cgroup = origin->cgroup,
+		    .asked_port = origin->asked_port,
+		    .service_id = service_id,
+		    .pid = origin->pid,
 		};
 
 		copy_address(flow.asked, origin->asked);
@@ -51,7 +79,8 @@ static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *orig
 	}
 	count(PROGRAM_SOCKOPS, REASON_OPENED);
 	origin->counted = 1;
-	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+	/* What a neighbour's program has asked for stays. */
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 static __always_inline void closed(struct bpf_sock_ops *ops, struct origin *origin)
@@ -73,6 +102,16 @@ static __always_inline void closed(struct bpf_sock_ops *ops, struct origin *orig
 	origin->counted = 0;
 }
 
+/* Is the peer the one that connect gave? A socket may be connected again, to somewhere that is no service:
+ * then the old decision is not about this connection. */
+static __always_inline bool led(struct bpf_sock_ops *ops, const struct origin *origin)
+{
+	u8 peer[16];
+
+	remote_address(ops, peer);
+	return ops->remote_port == (u32)origin->given_port << 16 && same_address(peer, origin->given);
+}
+
 int sockops(struct bpf_sock_ops *ops)
 {
 	struct origin *origin;
@@ -88,10 +127,9 @@ int sockops(struct bpf_sock_ops *ops)
 	if (!origin)
 		return 1;
 	if (establishing) {
-		/* Connected again to somewhere that is no service: the old decision is not about this connection. */
-		if (ops->remote_port != (u32)origin->given_port << 16)
-			return 1;
-		opened(ops, origin);
+		/* Attached to a cgroup and to one below it, we run twice. */
+		if (!origin->counted && led(ops, origin))
+			opened(ops, origin);
 	} else if (origin->counted) {
 		closed(ops, origin);
 	}
