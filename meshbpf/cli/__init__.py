@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from meshbpf.cli import change, check, read, registry
+from meshbpf.cli import change, check, demo, read, registry
 from meshbpf.errors import MeshError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MESHBPF"},
 )
-for group in (change, read, check, registry):
+for group in (change, read, check, registry, demo):
     group.register(app)
 
 
