@@ -1,10 +1,12 @@
-"""Chunked bodies: llhttp takes them apart, and they are written anew. No byte of the sender's framing goes on. Pure."""
+"""Bodies. Chunked ones are taken apart by llhttp and written anew: no byte of the sender's framing goes on. Pure."""
 
 from __future__ import annotations
 
 import re
 
 import httptools
+
+from userspace_proxy.grammar import CHUNKED
 
 LAST = b"0\r\n\r\n"
 _END = b"\r\n\r\n"
@@ -103,3 +105,34 @@ class Dechunker:
                 ends.append(at + 4 - back)
                 at = place.find(_END, at + 2)
         return ends
+
+
+class Intake:
+    """A request body on its way: known length or chunked."""
+
+    __slots__ = ("_chunks", "_left", "done", "size")
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self._chunks = Dechunker() if length == CHUNKED else None
+        self.done = False
+        self.size = 0  # bytes of body so far
+
+    def take(self, data: bytes) -> tuple[bytes, bytes] | None:
+        """What to send on for `data`, and the bytes that belong to the next request; None when it is refused."""
+        chunks = self._chunks
+        if chunks is None:
+            rest = data[self._left :]
+            out = data[: self._left] if rest else data
+            self._left -= len(out)
+            self.size += len(out)
+            self.done = self._left == 0
+            return out, rest
+        used = chunks.feed(data)
+        if used < 0:
+            return None
+        payload = chunks.payload()
+        self.size += len(payload)
+        self.done = chunks.done
+        out = encode(payload)
+        return (out + last(chunks.trailers) if self.done else out), data[used:]

@@ -11,43 +11,29 @@ from typing import TYPE_CHECKING, cast
 
 from meshbpf.reason import Reason
 from meshbpf.record import Record
-from userspace_proxy.acceleration import Membership
+from userspace_proxy.acceleration import Shortcut
 from userspace_proxy.exchange import Exchange
-from userspace_proxy.head import (
-    ABSOLUTE,
-    AUTHORITY,
-    BAD,
-    BARE,
-    END,
-    LINE,
-    TOO_LARGE,
-    TOO_LONG_LINE,
-    Fault,
-    RequestFields,
-    request_fields,
-)  # fmt: skip
+from userspace_proxy.grammar import END, LINE, METHODS, PREFACE, TOO_SLOW, VERSIONS, Fault, partial_fault, whole_fault
+from userspace_proxy.head import RequestFields, request_fields, request_target
 from userspace_proxy.reply import CLOSE, LINE_TOO_LONG, REPLIES
 from userspace_proxy.upstream import MEMO
 from userspace_proxy.wire import reset
 
 if TYPE_CHECKING:
     from userspace_proxy.origin import Origin
-    from userspace_proxy.route import Route, Target
+    from userspace_proxy.route import Route
     from userspace_proxy.server import Proxy
     from userspace_proxy.tunnel import Tunnel
 
-PREFACE = b"PRI * HTTP/2.0\r\n"
 LISTENS, LINGERS, RELAYS = 0, 1, 2  # what is done with bytes: served; thrown away behind the last answer; kept
 PARKED = 1  # why the caller is not read: enough of what it sent waits (others: UPSTREAM_FULL, UNATTACHED)
-METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")}
-VERSIONS = {b"0": "HTTP/1.0", b"1": "HTTP/1.1"}
 
 
 class Downstream(asyncio.Protocol):
     __slots__ = (
-        "_busy", "_deaf", "_fields", "_headed", "_join_at", "_lines", "_parked", "_remote", "_scanned", "_served",
-        "_tunnel", "deadline", "due", "ending", "eof", "exchange", "full", "held", "limits", "lost", "membership",
-        "netns", "now", "origin", "proxy", "route", "transport", "version_10",
+        "_busy", "_deaf", "_fields", "_headed", "_lines", "_parked", "_remote", "_scanned", "_served", "_tunnel",
+        "deadline", "due", "ending", "eof", "exchange", "full", "held", "limits", "lost", "netns", "now", "origin",
+        "proxy", "route", "shortcut", "transport", "version_10",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, netns: int) -> None:
@@ -59,7 +45,7 @@ class Downstream(asyncio.Protocol):
         self.origin: Origin = cast("Origin", None)
         self.route: Route | None = None
         self.exchange: Exchange | None = None
-        self.membership: Membership | None = None
+        self.shortcut = Shortcut(proxy.accelerator, proxy.limits.join_after) if proxy.accelerator is not None else None
         self.deadline = self.due = inf
         self.held = 0  # why the caller is not read, as bits
         self.full = False  # the caller does not take what we write
@@ -73,7 +59,6 @@ class Downstream(asyncio.Protocol):
         self._busy = False  # `_advance` is at work
         self._deaf = LISTENS
         self._served = 0
-        self._join_at = proxy.limits.join_after
         self._lines: bytes | None = None
         self._fields: RequestFields = cast(RequestFields, None)
         self._remote = ""
@@ -107,7 +92,6 @@ class Downstream(asyncio.Protocol):
         self.lost = True
         self.proxy.closed(self)
         self.proxy.wheel.drop(self)
-        self.membership = None
         if self.exchange is not None:
             self.exchange.fail(Reason.DOWNSTREAM_CLOSED, hard=exc is not None)
 
@@ -149,11 +133,11 @@ class Downstream(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.full = False
-        if self.exchange is not None:
-            if self.exchange.upstream is not None:
-                self.exchange.upstream.transport.resume_reading()
-        elif self._parked and not self._deaf:
-            self._advance(b"")
+        if self.exchange is None:
+            if self._parked and not self._deaf:
+                self._advance(b"")
+        elif self.exchange.upstream is not None:
+            self.exchange.upstream.transport.resume_reading()
 
     # requests
 
@@ -223,12 +207,9 @@ class Downstream(asyncio.Protocol):
         if not self._headed:
             self._headed = True
             self.until(self.now() + limits.head_timeout)
-        if BARE.search(data, max(0, self._scanned - 1)):
-            self._refuse(BAD)
-        elif len(data) > limits.request_line and b"\r\n" not in data[: limits.request_line + 2]:
-            self._refuse(TOO_LONG_LINE)
-        elif len(data) > limits.head:
-            self._refuse(TOO_LARGE)
+        fault = partial_fault(data, self._scanned, limits)
+        if fault is not None:
+            self._refuse(fault)
         self._scanned = len(data)
 
     def _open(self, data: bytes, end: int) -> bytes:
@@ -236,22 +217,15 @@ class Downstream(asyncio.Protocol):
         limits = self.limits
         self._headed = False
         line = LINE.match(data)
-        if line is None:
+        if line is None or end > limits.head or line.end() > limits.request_line + 2:
             if data.startswith(PREFACE) and self._served == 0 and self.route is not None:
                 self._deaf = RELAYS
                 self._parked = data
                 self._relay()
             else:
-                at = data.find(b"\r\n")
-                self._refuse(TOO_LONG_LINE if at > limits.request_line else BAD)
+                self._refuse(whole_fault(data, end, limits))
             return b""
         at = line.end()
-        if at > limits.request_line + 2:
-            self._refuse(TOO_LONG_LINE)
-            return b""
-        if end > limits.head:
-            self._refuse(TOO_LARGE)
-            return b""
         method, target, version = line.groups()
         lines = data[at : end + 2]
         name = METHODS.get(method) or method.decode()
@@ -260,7 +234,7 @@ class Downstream(asyncio.Protocol):
             fields = self._fields
             first = data[:at]
         else:
-            read = self._read(name, target, version, lines)
+            read = self._read(method, target, version, lines)
             if isinstance(read, Fault):
                 self._refuse(read, name, path)
                 return b""
@@ -283,20 +257,12 @@ class Downstream(asyncio.Protocol):
         exchange = self.exchange = Exchange(self, self.route, fields, request, record, started)
         return exchange.start(data[end + 4 :])
 
-    def _read(self, method: str, target: bytes, version: bytes, lines: bytes) -> tuple[RequestFields, bytes] | Fault:
+    def _read(self, method: bytes, target: bytes, version: bytes, lines: bytes) -> tuple[RequestFields, bytes] | Fault:
         """The fields and the request line to send, for a head that is not like the one before."""
-        host: bytes | None = None
-        if method == "CONNECT":
-            return Fault(Reason.CONNECT_METHOD, 405)
-        if target[0] != 47 and not (target == b"*" and method == "OPTIONS"):
-            absolute = ABSOLUTE.fullmatch(target)
-            if absolute is None or not AUTHORITY.fullmatch(absolute[1]):
-                return BAD
-            host, target = absolute.groups()
-            if not target:
-                target = b"*" if method == "OPTIONS" else b"/"
-            elif target[0] != 47:
-                target = b"/" + target
+        where = request_target(method, target)
+        if isinstance(where, Fault):
+            return where
+        target, host = where
         route, origin = self.route, self.origin
         dialled = route.dialled if route is not None else f"{origin.address}:{origin.port}".encode()
         fields = request_fields(lines, 1 if version == b"1" else 0, host, dialled, self.limits)
@@ -304,7 +270,7 @@ class Downstream(asyncio.Protocol):
             return fields
         if version == b"1" and host is None and len(lines) <= MEMO:
             self._lines, self._fields = lines, fields
-        return fields, b"%b %b HTTP/1.1\r\n" % (method.encode(), target)
+        return fields, b"%b %b HTTP/1.1\r\n" % (method, target)
 
     def _record(self, method: str | None, path: str | None) -> Record:
         route, proxy = self.route, self.proxy
@@ -315,7 +281,7 @@ class Downstream(asyncio.Protocol):
 
     def _refuse(self, fault: Fault, method: str | None = None, path: str | None = None) -> None:
         """Answer a head that cannot be served, and end the connection: what follows it cannot be trusted."""
-        reply = LINE_TOO_LONG if fault is TOO_LONG_LINE else REPLIES[fault.reason]
+        reply = LINE_TOO_LONG if fault.status == 414 else REPLIES[fault.reason]
         head_only = method == "HEAD"
         record = self._record(method, path)
         record.reason = reply.reason.word
@@ -354,15 +320,16 @@ class Downstream(asyncio.Protocol):
             if self._parked:
                 if not self._busy and not self.full:
                     self._advance(b"")
-            elif self._served >= self._join_at and self.proxy.accelerator is not None:
-                self._join()
+            elif self.shortcut is not None:
+                self.shortcut.rest(self.netns, self.transport)
 
     def _linger(self) -> None:
         """Say that no more is read, and wait a little: closing at once could cost the caller the answer."""
         self._deaf = LINGERS
         self._parked = b""
         self.held = 0
-        self.leave()
+        if self.shortcut is not None:
+            self.shortcut.leave()
         if self.eof:
             self.transport.close()
             return
@@ -385,7 +352,7 @@ class Downstream(asyncio.Protocol):
         if self._deaf:
             self.transport.abort()
         elif self._headed:
-            self._refuse(Fault(Reason.HEAD_TIMEOUT, 408))
+            self._refuse(TOO_SLOW)
             return self.deadline
         else:
             self.transport.close()
@@ -426,24 +393,3 @@ class Downstream(asyncio.Protocol):
         self.proxy.closed(self)
         self.proxy.wheel.drop(self)
         self.proxy.relay(self.transport, route, self.origin, self._remote, self._parked, self.eof)
-
-    def _join(self) -> None:
-        """Enter the redirect table when really nothing is under way."""
-        accelerator = self.proxy.accelerator
-        if accelerator is None or self.membership is not None or self.transport.get_write_buffer_size():
-            return
-        peer, local = self.transport.get_extra_info("peername"), self.transport.get_extra_info("sockname")
-        self.membership = accelerator.join(self.netns, peer[0], peer[1], local[0], local[1])
-        # Refused: the reason may pass, so ask again, but ever more rarely.
-        self._join_at = self._served * 2
-
-    def leave(self) -> None:
-        """Leave the redirect table, before an answer that must not go through it."""
-        if self.membership is not None:
-            membership, self.membership = self.membership, None
-            self._join_at = self._served + self.limits.join_after
-            membership.leave()
-
-    def count_attempt(self, route: Route, target: Target, outcome: str) -> None:
-        """An attempt that another one follows."""
-        self.proxy.attempt(route.service, target.label, outcome)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from meshbpf.reason import Reason
 from meshbpf.record import Record
-from userspace_proxy.body import Dechunker, encode, last
-from userspace_proxy.head import CHUNKED, AnswerHead, RequestFields
+from userspace_proxy.body import Intake, encode, last
+from userspace_proxy.head import AnswerHead, RequestFields
 from userspace_proxy.reply import BROKEN_FLAGS, CLOSE, ENDINGS, KEEP, KEEP_10, OUTCOMES, REPLIES, Reply
 from userspace_proxy.tunnel import Tunnel
 from userspace_proxy.upstream import UPSTREAM_FULL, Upstream
@@ -28,7 +28,7 @@ _TE = b"transfer-encoding: chunked\r\n"
 
 class Exchange:
     __slots__ = (
-        "_chunked", "_chunks", "_half_closed", "_left", "_queue_until", "_sent", "_sent_size", "_try_until", "_until",
+        "_body", "_chunked", "_half_closed", "_queue_until", "_sent", "_sent_size", "_try_until", "_until",
         "begun", "body_until", "dialling", "down", "ended", "fields", "head_only", "record", "retried", "route",
         "started", "target", "tries", "upstream", "websocket", "whole_request",
     )  # fmt: skip
@@ -59,8 +59,7 @@ class Exchange:
         self._half_closed = False
         self._sent: list[bytes] | None = [request]  # the request as sent or to be sent, while it may be sent again
         self._sent_size = 0
-        self._left = fields.length  # of the request's body, CHUNKED while it is chunked
-        self._chunks: Dechunker | None = None
+        self._body: Intake | None = None
         self.whole_request = fields.length == 0
         self._chunked = False  # the answer is written in chunks
         self._until = self._queue_until = self._try_until = self.body_until = inf
@@ -75,8 +74,7 @@ class Exchange:
         rest = data
         if not self.whole_request:
             # What came with the head is read before anything is sent: bad framing in it reaches no endpoint.
-            if self._left == CHUNKED:
-                self._chunks = Dechunker()
+            self._body = Intake(self.fields.length)
             rest = self._take(data)
             if self.ended:
                 return b""
@@ -99,34 +97,22 @@ class Exchange:
 
     def _take(self, data: bytes) -> bytes:
         """Read bytes of the body and send them on, or keep them until there is a connection."""
-        chunks = self._chunks
-        rest = b""
-        if chunks is None:
-            size = len(data)
-            if size >= self._left:
-                rest = data[self._left :]
-                data = data[: self._left]
-                self.whole_request = True
-            self._left -= len(data)
-            out = data
-        else:
-            used = chunks.feed(data)
-            if used < 0:
-                self.fail(Reason.BAD_REQUEST)
-                return b""
-            rest = data[used:]
-            data = chunks.payload()
-            out = encode(data)
-            if chunks.done:
-                self.whole_request = True
-                out += last(chunks.trailers)
-        self.record.bytes_received += len(data)
+        body = self._body
+        if body is None:
+            return data
+        taken = body.take(data)
+        if taken is None:
+            self.fail(Reason.BAD_REQUEST)
+            return b""
+        out, rest = taken
+        self.record.bytes_received = body.size
         self.body_until = inf
-        if self.whole_request:
+        if not body.done:
+            self.body_until = self.down.now() + self.down.limits.body_timeout
+        else:
+            self.whole_request = True
             if self.route is not None and self.route.request:
                 self._until = self.down.now() + self.route.request
-        else:
-            self.body_until = self.down.now() + self.down.limits.body_timeout
         if out:
             self._send(out)
         return rest
@@ -216,7 +202,7 @@ class Exchange:
             other is not target and other.weight and not other.draining for other in route.targets
         ):
             self._detach()
-            self.down.count_attempt(route, target, OUTCOMES[reason])
+            self.down.proxy.attempt(route.service, target.label, OUTCOMES[reason])
             route.pool.acquire(self, exclude=target)
         else:
             self.fail(reason)
@@ -241,7 +227,7 @@ class Exchange:
             target = self.target
             self._detach()
             if target is not None:
-                self.down.count_attempt(route, target, OUTCOMES[Reason.UPSTREAM_RESET])
+                self.down.proxy.attempt(route.service, target.label, OUTCOMES[Reason.UPSTREAM_RESET])
             route.pool.acquire(self, fresh=True)
             return
         self.fail(Reason.UPSTREAM_RESET)
@@ -275,8 +261,8 @@ class Exchange:
         """The complete answer, of known length: data[end:] is its body."""
         down = self.down
         ending = KEEP if self.fields.simple and not down.eof and not down.proxy.draining else self._ending(False)
-        if down.membership is not None and len(data) > down.limits.accelerated:
-            down.leave()
+        if down.shortcut is not None and len(data) > down.limits.accelerated:
+            down.shortcut.leave()
         if answer.verbatim and ending == KEEP:
             down.transport.write(data)
         else:
@@ -294,8 +280,8 @@ class Exchange:
         down = self.down
         chunked = length < 0 and not down.version_10
         ending = self._ending(length < 0 and not chunked)
-        if down.membership is not None and (length > down.limits.accelerated or (length < 0 and not done)):
-            down.leave()
+        if down.shortcut is not None and (length > down.limits.accelerated or (length < 0 and not done)):
+            down.shortcut.leave()
         out = [answer.out, _TE, ENDINGS[ending]] if chunked else [answer.out, ENDINGS[ending]]
         self._chunked = chunked
         self.begun = True
@@ -336,7 +322,8 @@ class Exchange:
     def tunnel(self, upstream: Upstream, answer: AnswerHead, data: bytes) -> None:
         """The endpoint agreed to speak WebSocket: from here on bytes, to and fro, until both have ended."""
         down = self.down
-        down.leave()
+        if down.shortcut is not None:
+            down.shortcut.leave()
         self.begun = True
         record = self.record
         record.response_code = 101

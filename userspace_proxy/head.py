@@ -11,23 +11,23 @@ import re
 
 import httptools
 
-from meshbpf.reason import Reason
+from userspace_proxy.grammar import (
+    ABSOLUTE,
+    AUTHORITY,
+    BAD,
+    CHUNKED,
+    EXPECTATION,
+    NO_CONNECT,
+    STATUS,
+    UNTIL_CLOSE,
+    Fault,
+    Hop,
+    Witness,
+    agrees,
+    lines_fault,
+)
 from userspace_proxy.limits import Limits
 
-CHUNKED = -1  # the value of `length` when the body is chunked
-UNTIL_CLOSE = -2  # … and when it ends with the connection (answers only)
-END = b"\r\n\r\n"
-
-_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# Raw UTF-8 in targets is common and harmless; a fragment never leaves an honest client.
-LINE = re.compile(rb"(" + _NAME + rb"++) ([^\x00-\x20\x7f#]++) HTTP/1\.([01])\r\n")
-STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n")
-_LINES = re.compile(rb"(?:" + _NAME + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
-BARE = re.compile(rb"(?<!\r)\n|\r(?![\n]|\Z)")
-ABSOLUTE = re.compile(rb"(?i)https?://([^/?]*)(.*)", re.S)
-AUTHORITY = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-_TOKEN = re.compile(_NAME + rb"+")
-_NUMBER = re.compile(rb"[0-9]{1,18}")
 _TRACE = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST = re.compile(
     rb"(?mi)^(connection|content-length|expect|host|http2-settings|keep-alive|proxy-connection|te|traceparent|"
@@ -37,27 +37,6 @@ _ANSWER = re.compile(
     rb"(?mi)^(connection|content-length|keep-alive|proxy-connection|te|transfer-encoding|upgrade|x-meshbpf-[^:]*)"
     rb":([^\r]*)\r\n"
 )
-# Naming one of these in Connection must not make us drop what the endpoint relies on.
-_PROTECTED = frozenset(
-    b"authorization cache-control content-length content-type cookie forwarded host traceparent tracestate"
-    b" x-forwarded-for x-forwarded-host x-forwarded-proto x-request-id".split()
-)
-
-
-class Fault:
-    """A head that is refused. `status` is what the caller gets when the head was a request's."""
-
-    __slots__ = ("reason", "status")
-
-    def __init__(self, reason: Reason, status: int) -> None:
-        self.reason = reason
-        self.status = status
-
-
-BAD = Fault(Reason.BAD_REQUEST, 400)
-TOO_LONG_LINE = Fault(Reason.HEAD_TOO_LARGE, 414)
-TOO_LARGE = Fault(Reason.HEAD_TOO_LARGE, 431)
-EXPECTATION = Fault(Reason.EXPECTATION_UNKNOWN, 417)
 
 
 class RequestFields:
@@ -100,93 +79,21 @@ class AnswerHead:
         self.websocket = False
 
 
-class _Witness:
-    """llhttp's view of a head: is the message complete without a body?"""
-
-    __slots__ = ("complete",)
-
-    def __init__(self) -> None:
-        self.complete = False
-
-    def on_message_complete(self) -> None:
-        self.complete = True
-
-
-def _agrees(witness: _Witness, parser: httptools.HttpRequestParser, head: bytes, length: int) -> bool:
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        return True  # its framing is that of a message without body; ours is checked where the upgrade is allowed
-    except httptools.HttpParserError:
-        return False
-    return witness.complete is (length == 0)
-
-
-class _Hop:
-    """What Connection, Content-Length and Transfer-Encoding said, the same for requests and answers."""
-
-    __slots__ = ("canonical", "chunked", "close", "drop", "keep_alive", "length", "named", "upgrade")
-
-    def __init__(self) -> None:
-        self.length = -1
-        self.canonical = b""
-        self.chunked = False
-        self.close = False
-        self.keep_alive = False
-        self.upgrade = False
-        self.named: set[bytes] = set()
-        self.drop: list[tuple[int, int]] = []
-
-    def take(self, name: bytes, value: bytes, span: tuple[int, int]) -> bool:
-        """Account for one line; False when it is refused."""
-        if name == b"content-length":
-            if self.length >= 0 or not _NUMBER.fullmatch(value):
-                return False
-            self.length = int(value)
-            if value[0] == 48 and len(value) > 1:  # leading zeros: readers differ, so it is written anew
-                self.drop.append(span)
-                self.canonical = b"content-length: %d\r\n" % self.length
-            return True
-        self.drop.append(span)
-        if name == b"transfer-encoding":
-            if self.chunked or value.lower() != b"chunked":
-                return False
-            self.chunked = True
-        elif name == b"connection":
-            for part in value.lower().split(b","):
-                token = part.strip(b" \t")
-                if token == b"close":
-                    self.close = True
-                elif token == b"keep-alive":
-                    self.keep_alive = True
-                elif token == b"upgrade":
-                    self.upgrade = True
-                elif token:
-                    if not _TOKEN.fullmatch(token):
-                        return False
-                    self.named.add(token)
-        return True
-
-    def rewrite(self, lines: bytes) -> bytes:
-        """The lines that go on, without those taken out, and with a canonical Content-Length."""
-        if self.drop:
-            parts, at = [], 0
-            for start, end in self.drop:
-                parts.append(lines[at:start])
-                at = end
-            parts.append(lines[at:])
-            lines = b"".join(parts)
-        named = self.named - _PROTECTED
-        if named:
-            kept = [line for line in lines.split(b"\r\n") if line.partition(b":")[0].lower() not in named]
-            lines = b"\r\n".join(kept)
-        return lines + self.canonical if self.canonical else lines
-
-
-def _lines_fault(lines: bytes, limits: Limits) -> Fault | None:
-    if lines.count(b"\n") > limits.fields:
-        return TOO_LARGE
-    return None if _LINES.fullmatch(lines) else BAD
+def request_target(method: bytes, target: bytes) -> tuple[bytes, bytes | None] | Fault:
+    """The target to send on, and the host that an absolute one names (RFC 9112 3.2)."""
+    if method == b"CONNECT":
+        return NO_CONNECT
+    if target[0] == 47 or (target == b"*" and method == b"OPTIONS"):
+        return target, None
+    absolute = ABSOLUTE.fullmatch(target)
+    if absolute is None or not AUTHORITY.fullmatch(absolute[1]):
+        return BAD
+    host, target = absolute.groups()
+    if not target:
+        target = b"*" if method == b"OPTIONS" else b"/"
+    elif target[0] != 47:
+        target = b"/" + target
+    return target, host
 
 
 def request_fields(
@@ -197,10 +104,10 @@ def request_fields(
     `host` is the authority of an absolute target, which replaces the Host line; `dialled` stands in for one that an
     HTTP/1.0 caller need not send.
     """
-    if (fault := _lines_fault(lines, limits)) is not None:
+    if (fault := lines_fault(lines, limits)) is not None:
         return fault
     fields = RequestFields()
-    hop = _Hop()
+    hop = Hop()
     hosts = 0
     upgrade = b""
     trailers = False
@@ -245,9 +152,9 @@ def request_fields(
     if hosts == 0 and minor == 1:
         return BAD
     length = fields.length = CHUNKED if hop.chunked else max(0, hop.length)
-    witness = _Witness()
+    witness = Witness()
     line = b"POST / HTTP/1.1\r\n" if minor else b"POST / HTTP/1.0\r\n"
-    if not _agrees(witness, httptools.HttpRequestParser(witness), line + lines + b"\r\n", length):
+    if not agrees(witness, httptools.HttpRequestParser(witness), line + lines + b"\r\n", length):
         return BAD
     fields.close = hop.close
     fields.keep_alive = hop.keep_alive
@@ -274,11 +181,11 @@ def answer_head(head: bytes, limits: Limits) -> AnswerHead | None:
     if status is None:
         return None
     lines = head[status.end() : -2]
-    if _lines_fault(lines, limits) is not None:
+    if lines_fault(lines, limits) is not None:
         return None
     answer = AnswerHead(int(status[2]))
     code = answer.status
-    hop = _Hop()
+    hop = Hop()
     upgrade = b""
     for match in _ANSWER.finditer(lines):
         name = match[1].lower()
@@ -294,9 +201,9 @@ def answer_head(head: bytes, limits: Limits) -> AnswerHead | None:
     if bodiless and (hop.chunked or hop.length > 0):
         return None
     length = CHUNKED if hop.chunked else hop.length if hop.length >= 0 else UNTIL_CLOSE
-    witness = _Witness()
+    witness = Witness()
     plain = b"HTTP/1.1 200 OK\r\n" + head[status.end() :]
-    if not _agrees(witness, httptools.HttpResponseParser(witness), plain, length):
+    if not agrees(witness, httptools.HttpResponseParser(witness), plain, length):
         return None
     answer.length = 0 if bodiless else length
     answer.close = hop.close or (not minor and not hop.keep_alive)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 from meshbpf.reason import Reason
 from userspace_proxy.body import Dechunker
-from userspace_proxy.head import BARE, CHUNKED, END, UNTIL_CLOSE, AnswerHead, answer_head
+from userspace_proxy.grammar import BARE, CHUNKED, END, UNTIL_CLOSE
+from userspace_proxy.head import AnswerHead, answer_head
 from userspace_proxy.wire import reset, unacknowledged
 
 if TYPE_CHECKING:
