@@ -21,7 +21,7 @@ from loader.rig import MESH, Rig
 from loader.source import BPF
 from meshbpf.errors import DataplaneError, EnvironmentLack, MeshError
 
-SECONDS = 20.0
+SECONDS = 60.0  # an emulated machine takes a quarter of that
 OFF = "none needed: connections go by plain TCP through the proxy (acceleration: off says so explicitly)"
 
 
