@@ -125,6 +125,8 @@ class Downstream(asyncio.Protocol):
         self.held &= ~why
         if not self.held and not self.eof and not self.lost:
             self.transport.resume_reading()
+            if self.exchange is not None:
+                self.exchange.body_due()
 
     def pause_writing(self) -> None:
         self.full = True

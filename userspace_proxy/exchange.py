@@ -106,16 +106,21 @@ class Exchange:
             return b""
         out, rest = taken
         self.record.bytes_received = body.size
-        self.body_until = inf
         if not body.done:
-            self.body_until = self.down.now() + self.down.limits.body_timeout
+            self.body_due()
         else:
+            self.body_until = inf
             self.whole_request = True
             if self.route is not None and self.route.request:
                 self._until = self.down.now() + self.route.request
         if out:
             self._send(out)
         return rest
+
+    def body_due(self) -> None:
+        """From now on the caller has its time to send more of the body, if there is more to come."""
+        if not self.whole_request:
+            self.body_until = self.down.now() + self.down.limits.body_timeout
 
     def _send(self, out: bytes) -> None:
         sent = self._sent
@@ -142,7 +147,7 @@ class Exchange:
             self.fail(Reason.REQUEST_TIMEOUT)
         elif now >= self.body_until:
             if self.down.held:  # it is we who do not read
-                self.body_until = now + self.down.limits.body_timeout
+                self.body_due()
             else:
                 self.fail(Reason.BODY_TIMEOUT)
         if self.ended:
@@ -321,16 +326,9 @@ class Exchange:
 
     def tunnel(self, upstream: Upstream, answer: AnswerHead, data: bytes) -> None:
         """The endpoint agreed to speak WebSocket: from here on bytes, to and fro, until both have ended."""
-        down = self.down
-        if down.shortcut is not None:
-            down.shortcut.leave()
         self.begun = True
-        record = self.record
-        record.response_code = 101
-        record.upstream_service_time_ms = (down.now() - self.started) * 1e3
-        upstream.exchange = None
-        self.upstream = None
-        Tunnel(self, upstream).begin(answer.out + b"\r\n", data)
+        self.upstream = upstream.exchange = None
+        Tunnel(self, upstream).begin(answer, data)
 
     def end_tunnel(self, reason: Reason | None) -> None:
         record = self.record

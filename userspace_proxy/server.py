@@ -37,6 +37,12 @@ class Listener(Protocol):
     def close(self) -> None: ...
 
 
+def _discard_idle(target: Target) -> None:
+    for idle in target.idle.values():
+        for upstream in list(idle):
+            upstream.discard()
+
+
 class Proxy:
     """One per worker, made inside its running loop. `stats` is told what has no record of its own."""
 
@@ -75,9 +81,7 @@ class Proxy:
         """Serve `mesh` from now on. What is under way goes on; targets that left lose their idle connections."""
         left = self.table.use(mesh)
         for target in left:
-            for idle in target.idle.values():
-                for upstream in list(idle):
-                    upstream.discard()
+            _discard_idle(target)
 
     def listen(self, netns: int, sock: socket.socket) -> None:
         """Accept what `sock`, which listens already, is given. The caller keeps its own copy of the socket."""
@@ -99,6 +103,10 @@ class Proxy:
             server = self._servers.pop(own, None)
             if server is not None:
                 server.close()
+        for target in self.table.targets():  # idle connections would keep the namespace alive
+            for upstream in list(target.idle.get(netns, ())):
+                upstream.discard()
+            target.idle.pop(netns, None)
 
     async def drain(self, seconds: float) -> None:
         """Take no more connections, close idle ones, let requests finish; whatever is left after `seconds` is cut."""
@@ -123,9 +131,7 @@ class Proxy:
             connection.abort()
         relays.close(Reason.DRAINING)
         for target in self.table.targets():
-            for idle in target.idle.values():
-                for upstream in list(idle):
-                    upstream.discard()
+            _discard_idle(target)
         await asyncio.sleep(0)  # what was closed above is told
         self.wheel.stop()
 

@@ -12,6 +12,7 @@ from userspace_proxy.wire import reset
 
 if TYPE_CHECKING:
     from userspace_proxy.exchange import Exchange
+    from userspace_proxy.head import AnswerHead
     from userspace_proxy.upstream import Upstream
 
 
@@ -72,14 +73,19 @@ class Tunnel:
         self.moved_at = self.now()
         self.deadline = self.due = inf
 
-    def begin(self, head: bytes, data: bytes) -> None:
+    def begin(self, answer: AnswerHead, data: bytes) -> None:
         """Pass the answer on with what came behind it, then what the caller sent ahead of time."""
-        down = self._exchange.down
+        exchange = self._exchange
+        down = exchange.down
+        exchange.record.response_code = answer.status
+        exchange.record.upstream_service_time_ms = (self.now() - exchange.started) * 1e3
+        if down.shortcut is not None:
+            down.shortcut.leave()
         early = down.become_tunnel(self)
         self._down.set_protocol(self._caller)
         self._up.set_protocol(self._endpoint)
         self._endpoint.moved = len(data)
-        self._down.write(head + data)
+        self._down.write(answer.out + b"\r\n" + data)
         if early:
             self._caller.moved = len(early)
             self._up.write(early)

@@ -59,13 +59,13 @@ async def test_a_body_that_the_endpoint_does_not_take_is_not_late(bed: Bed) -> N
         await soon(peer.reader.readexactly(32 * MIB))
         peer.send(OK)
 
-    await bed.serve(await bed.endpoint(talk), limits=Limits(body_timeout=0.1))
+    await bed.serve(await bed.endpoint(talk), limits=Limits(body_timeout=0.3))
     caller = await bed.caller()
     caller.send(b"POST / HTTP/1.1\r\nHost: a\r\ncontent-length: %d\r\n\r\n" % (32 * MIB))
     caller.send(bytes(32 * MIB))
     await bed.settle(lambda: any(down.held for down in bed.proxy._connections))
     answer = asyncio.ensure_future(caller.answer())
-    assert not (await asyncio.wait([answer], timeout=0.4))[0]
+    assert not (await asyncio.wait([answer], timeout=0.8))[0]
     gate.set()
     assert (await answer)[0] == 200
 
