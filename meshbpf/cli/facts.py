@@ -4,7 +4,6 @@ a fact too, with the words why. Foreign programs are read from bpftool, ours are
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -137,11 +136,17 @@ def _libbpf() -> str:
 
 
 def _self_test(missing: Sequence[str]) -> tuple[tuple[SelfTestRow, ...] | None, tuple[str, str]]:
-    if importlib.util.find_spec("loader.selftest") is None:
-        return None, ("not available in this version: the proxy goes by plain TCP", "none needed")
     if missing:
         return None, ("not run: it needs the capabilities above", "run as root (sudo)")
-    raise NotImplementedError
+    from loader import selftest  # late: no other command needs the trials
+
+    try:
+        checks = selftest.run()
+    except EnvironmentLack as error:
+        return None, (f"not run: {error.what}", error.remedy)
+    except MeshError as error:
+        return None, (f"not run: {str(error).splitlines()[0]}", "none needed: the proxy goes by plain TCP")
+    return tuple(SelfTestRow(row.id, row.ok, row.detail, row.remedy) for row in checks), ("", "")
 
 
 def neighbours(top: str) -> tuple[str, Neighbours | None]:

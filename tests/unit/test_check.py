@@ -1,0 +1,104 @@
+"""`check` judges facts: each lack has its id, its result and a remedy, and the exit code follows from the worst."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from meshbpf.cli import facts, findings
+from meshbpf.cli.facts import CgroupFacts, ForeignProgram, InstanceFacts, MachineFacts, Neighbours, SelfTestRow
+from meshbpf.cli.findings import Finding, Result
+
+GOOD = MachineFacts(
+    release="6.1.0-18-amd64", btf=True, cgroup2="/sys/fs/cgroup", bpffs=True, missing_capabilities=(),
+    netns_cookies=True, bcc="", libbpf="", bpftool="7.1.0", neighbours=Neighbours(),
+    self_test=(SelfTestRow("order", True, "in order", ""),),
+)  # fmt: skip
+AGENT: dict[str, Any] = {"pid": 7, "ready": 1, "workers": 1, "error": "", "sources": [{"name": "file", "error": ""}]}
+LIVING = InstanceFacts(
+    "default", True, (CgroupFacts("/sys/fs/cgroup/apps", True, True),), 3, 1, (("slots", 10, 100),), AGENT
+)
+FOREIGN = ForeignProgram(9, "cil_sock4_connect", "connect4", "/sys/fs/cgroup")
+
+
+def worst(found: list[Finding]) -> dict[str, Result]:
+    return {finding.id: finding.result for finding in found if finding.result is not Result.OK}
+
+
+def test_a_good_machine_has_nothing_to_say() -> None:
+    assert worst(findings.machine(GOOD)) == {}
+    assert worst(findings.instance(LIVING)) == {}
+    assert findings.exit_code(findings.machine(GOOD), True) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "id", "result"),
+    [
+        ({"missing_capabilities": ("CAP_BPF",)}, "capabilities", Result.ERROR),
+        ({"release": "5.4.0"}, "kernel-version", Result.ERROR),
+        ({"release": "strange"}, "kernel-version", Result.ERROR),
+        ({"btf": False}, "btf", Result.WARNING),
+        ({"cgroup2": ""}, "cgroup2", Result.ERROR),
+        ({"bpffs": False}, "bpffs", Result.ERROR),
+        ({"netns_cookies": False}, "netns-cookies", Result.WARNING),
+        ({"bcc": "No module named 'bcc'"}, "bcc", Result.ERROR),
+        ({"libbpf": "libbpf is missing"}, "libbpf", Result.ERROR),
+        ({"neighbours": None, "bpftool": "not installed"}, "bpftool", Result.WARNING),
+        ({"neighbours": Neighbours(hooks=(FOREIGN,))}, "foreign-programs", Result.WARNING),
+        ({"neighbours": Neighbours(sk_msg=("theirs",))}, "foreign-sk-msg", Result.WARNING),
+        ({"self_test": None, "self_test_lack": ("not run", "do it")}, "self-test", Result.WARNING),
+        ({"self_test": (SelfTestRow("order", False, "out of order", "off"),)}, "redirect-order", Result.WARNING),
+    ],
+)
+def test_each_lack_of_a_machine_is_named_with_its_remedy(changes: dict[str, Any], id: str, result: Result) -> None:
+    found = findings.machine(replace(GOOD, **changes))
+    assert worst(found) == {id: result}
+    (bad,) = [finding for finding in found if finding.id == id]
+    assert bad.detail and bad.remedy
+    assert findings.exit_code(found, True) == (1 if result is Result.ERROR else 79)
+
+
+@pytest.mark.parametrize(
+    ("changes", "id", "result"),
+    [
+        ({"attached": False}, "attached", Result.ERROR),
+        ({"cgroups": (CgroupFacts("/sys/fs/cgroup/apps", False, False),)}, "attached-cgroup", Result.ERROR),
+        ({"cgroups": (CgroupFacts("/sys/fs/cgroup/apps", True, False),)}, "attached-cgroup", Result.ERROR),
+        ({"fills": (("slots", 80, 100),)}, "map-fill", Result.WARNING),
+        ({"agent": None}, "agent", Result.ERROR),
+        ({"agent": None, "agent_error": "no answer"}, "agent", Result.ERROR),
+        ({"agent": {**AGENT, "ready": 0}}, "proxy-ready", Result.ERROR),
+        ({"agent": {**AGENT, "error": "map slots is full"}}, "mesh-applied", Result.ERROR),
+        ({"agent": {**AGENT, "sources": [{"name": "f", "error": "bad"}]}}, "sources", Result.WARNING),
+    ],
+)
+def test_each_trouble_of_an_instance_is_named_with_its_remedy(changes: dict[str, Any], id: str, result: Result) -> None:
+    found = findings.instance(replace(LIVING, **changes))
+    assert worst(found) == {id: result}
+    (bad,) = [finding for finding in found if finding.id == id]
+    assert bad.detail and bad.remedy
+
+
+def test_no_agent_is_well_when_every_port_is_direct() -> None:
+    assert worst(findings.instance(replace(LIVING, agent=None, governed=0))) == {}
+
+
+def test_a_look_that_is_not_allowed_exits_69() -> None:
+    assert findings.exit_code([], may_look=False) == 69
+
+
+def test_programs_behind_our_pins_are_not_foreign() -> None:
+    links = [{"id": 1, "prog_id": 11, "pinned": ["/sys/fs/bpf/meshbpf/default/links/42-connect4"]}, {"id": 2}]
+    programs = [
+        {"id": 12, "type": "sk_msg", "name": "stub", "pinned": ["/sys/fs/bpf/meshbpf/default/maps-1/redirect"]},
+        {"id": 21, "type": "sk_msg", "name": "theirs"},
+    ]
+    tree = [
+        {"cgroup": "/a", "programs": [{"id": 11, "attach_type": "connect4", "name": "connect4"}]},
+        {"cgroup": "/b", "programs": [{"id": 31, "attach_type": "cgroup_inet4_connect", "name": "other"}]},
+        {"cgroup": "/c", "programs": [{"id": 32, "attach_type": "device"}]},
+    ]
+    around = facts.others(links, programs, tree)
+    assert around == Neighbours((ForeignProgram(31, "other", "connect4", "/b"),), ("theirs",), 1)
