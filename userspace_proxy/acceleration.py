@@ -1,4 +1,8 @@
-"""When a connection joins the redirect table and leaves it. How that is done, the loader knows."""
+"""When a connection joins the redirect table and leaves it. How that is done, the loader knows.
+
+A connection may join while a whole request of it has been read and not been answered: only then has everything that
+either side ever sent been read by the other, which is what joining asks for.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,16 @@ from typing import Protocol
 
 
 class Membership(Protocol):
-    """A connection that is in the redirect table."""
+    """A connection that is in the redirect table; `inside` as long as the application's socket is."""
+
+    inside: bool
+
+    def fits(self, size: int) -> bool:
+        """Will an answer of `size` bytes, written now, be redirected whole? Else: leave before writing it."""
+        ...
 
     def leave(self) -> None:
-        """From now on towards the application by TCP. Called before answers whose length is unknown or large."""
+        """From now on towards the application by TCP. Still `inside` when it has not read all: ask again later."""
         ...
 
 
@@ -18,25 +28,32 @@ class Accelerator(Protocol):
     def join(
         self, netns: int, client_addr: str, client_port: int, local_addr: str, local_port: int
     ) -> Membership | None:
-        """Try to enter the connection, which is idle: all answers written, nothing buffered. None: not now."""
+        """Try to enter the connection, of which a request is read and not answered. None: not now."""
         ...
 
 
 class Shortcut:
     """One connection's way into the redirect table and out of it."""
 
-    __slots__ = ("_accelerator", "_after", "_join_at", "_membership", "_served")
+    __slots__ = ("_accelerator", "_after", "_join_at", "_leaving", "_membership", "_served")
 
     def __init__(self, accelerator: Accelerator, after: int) -> None:
         self._accelerator = accelerator
         self._after = after
-        self._join_at = after  # requests served before it is worth trying
+        self._join_at = after + 1  # the request from which on it is worth trying
         self._served = 0
         self._membership: Membership | None = None
+        self._leaving = False
 
-    def rest(self, netns: int, transport: asyncio.Transport) -> None:
-        """An answer has been written and the connection is idle: join, when it has proven worth it."""
+    @property
+    def joined(self) -> bool:
+        return self._membership is not None
+
+    def asked(self, netns: int, transport: asyncio.Transport) -> None:
+        """A whole request has been read, nothing follows it yet: join, when the connection has proven worth it."""
         self._served += 1
+        if self._leaving:
+            self.leave()
         if self._membership is not None or self._served < self._join_at or transport.get_write_buffer_size():
             return
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
@@ -44,9 +61,18 @@ class Shortcut:
         # Refused: the reason may pass, so ask again, but ever more rarely.
         self._join_at = self._served * 2
 
+    def answering(self, size: int) -> None:
+        """`size` bytes follow; what the table will not take whole goes by TCP."""
+        membership = self._membership
+        if membership is not None and (self._leaving or not membership.fits(size)):
+            self.leave()
+
     def leave(self) -> None:
-        """An answer follows that must not go through the table."""
-        if self._membership is not None:
-            membership, self._membership = self._membership, None
-            self._join_at = self._served + self._after
+        """What follows must not go through the table: its length is not known, or nobody is there to send more."""
+        membership = self._membership
+        if membership is not None:
             membership.leave()
+            self._leaving = membership.inside
+            if not membership.inside:
+                self._membership = None
+                self._join_at = self._served + self._after

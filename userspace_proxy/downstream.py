@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from userspace_proxy.server import Proxy
     from userspace_proxy.tunnel import Tunnel
 
+HEADS = 256  # request heads that a route remembers, whoever sent them
 LISTENS, LINGERS, RELAYS = 0, 1, 2  # what is done with bytes: served; thrown away behind the last answer; kept
 PARKED = 1  # why the caller is not read: enough of what it sent waits (others: UPSTREAM_FULL, UNATTACHED)
 
 
 class Downstream(asyncio.Protocol):
     __slots__ = (
-        "_busy", "_deaf", "_fields", "_headed", "_lines", "_parked", "_remote", "_scanned", "_served", "_tunnel",
+        "_busy", "_deaf", "_headed", "_parked", "_remote", "_scanned", "_served", "_tunnel",
         "deadline", "due", "ending", "eof", "exchange", "full", "held", "limits", "lost", "netns", "now", "origin",
         "proxy", "route", "shortcut", "transport", "version_10",
     )  # fmt: skip
@@ -45,7 +46,7 @@ class Downstream(asyncio.Protocol):
         self.origin: Origin = cast("Origin", None)
         self.route: Route | None = None
         self.exchange: Exchange | None = None
-        self.shortcut = Shortcut(proxy.accelerator, proxy.limits.join_after) if proxy.accelerator is not None else None
+        self.shortcut: Shortcut | None = None
         self.deadline = self.due = inf
         self.held = 0  # why the caller is not read, as bits
         self.full = False  # the caller does not take what we write
@@ -59,8 +60,6 @@ class Downstream(asyncio.Protocol):
         self._busy = False  # `_advance` is at work
         self._deaf = LISTENS
         self._served = 0
-        self._lines: bytes | None = None
-        self._fields: RequestFields = cast(RequestFields, None)
         self._remote = ""
         self._tunnel: Tunnel | None = None
 
@@ -84,6 +83,8 @@ class Downstream(asyncio.Protocol):
             self._deaf = RELAYS
             proxy.loop.call_soon(self._relay)  # the loop begins to read behind us: the relay must come after that
             return
+        if proxy.accelerator is not None and self.route is not None and self.route.accelerated:
+            self.shortcut = Shortcut(proxy.accelerator, self.limits.join_after)
         proxy.wheel.at(self, self.now() + self.limits.keep_alive)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -232,8 +233,10 @@ class Downstream(asyncio.Protocol):
         lines = data[at : end + 2]
         name = METHODS.get(method) or method.decode()
         path = target.decode("latin-1")
-        if lines == self._lines and version == b"1" and target[0] == 47:
-            fields = self._fields
+        route = self.route
+        known = route.heads.get(lines) if route is not None else None
+        if known is not None and version == b"1" and target[0] == 47:
+            fields = known
             first = data[:at]
         else:
             read = self._read(method, target, version, lines)
@@ -257,7 +260,10 @@ class Downstream(asyncio.Protocol):
         record.user_agent = fields.user_agent
         record.x_forwarded_for = fields.forwarded_for
         exchange = self.exchange = Exchange(self, self.route, fields, request, record, started)
-        return exchange.start(data[end + 4 :])
+        rest = exchange.start(data[end + 4 :])
+        if self.shortcut is not None and exchange.whole_request and not rest:
+            self.shortcut.asked(self.netns, self.transport)
+        return rest
 
     def _read(self, method: bytes, target: bytes, version: bytes, lines: bytes) -> tuple[RequestFields, bytes] | Fault:
         """The fields and the request line to send, for a head that is not like the one before."""
@@ -270,8 +276,10 @@ class Downstream(asyncio.Protocol):
         fields = request_fields(lines, 1 if version == b"1" else 0, host, dialled, self.limits)
         if isinstance(fields, Fault):
             return fields
-        if version == b"1" and host is None and len(lines) <= MEMO:
-            self._lines, self._fields = lines, fields
+        if version == b"1" and host is None and len(lines) <= MEMO and route is not None:
+            if len(route.heads) >= HEADS:
+                route.heads.clear()
+            route.heads[lines] = fields
         return fields, b"%b %b HTTP/1.1\r\n" % (method, target)
 
     def _record(self, method: str | None, path: str | None) -> Record:
@@ -316,14 +324,13 @@ class Downstream(asyncio.Protocol):
             else:
                 self._linger()
         else:
-            until = self.deadline = now + self.limits.keep_alive
+            shortcut, limits = self.shortcut, self.limits
+            member = shortcut is not None and shortcut.joined
+            until = self.deadline = now + (limits.leave_idle if member else limits.keep_alive)
             if until < self.due:
                 self.proxy.wheel.at(self, until)
-            if self._parked:
-                if not self._busy and not self.full:
-                    self._advance(b"")
-            elif self.shortcut is not None:
-                self.shortcut.rest(self.netns, self.transport)
+            if self._parked and not self._busy and not self.full:
+                self._advance(b"")
 
     def _linger(self) -> None:
         """Say that no more is read, and wait a little: closing at once could cost the caller the answer."""
@@ -356,6 +363,9 @@ class Downstream(asyncio.Protocol):
         elif self._headed:
             self._refuse(TOO_SLOW)
             return self.deadline
+        elif self.shortcut is not None and self.shortcut.joined:
+            self.shortcut.leave()  # idle: whoever takes the socket over finds it as it was
+            return now + self.limits.keep_alive - self.limits.leave_idle
         else:
             self.transport.close()
         return inf

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 UNATTACHED = 4  # why a caller is not read: its request has no connection yet, and enough of it waits
 _IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"))
+HEAD_MARGIN = 64  # at least what ENDINGS adds to a head
 _TE = b"transfer-encoding: chunked\r\n"
 
 
@@ -260,18 +261,19 @@ class Exchange:
     def interim(self, answer: AnswerHead) -> None:
         """100 Continue and its like; HTTP/1.0 knows none."""
         if not self.down.version_10:
+            if self.down.shortcut is not None:
+                self.down.shortcut.leave()
             self.down.transport.write(answer.out + b"\r\n")
 
     def whole(self, answer: AnswerHead, data: bytes, end: int) -> None:
         """The complete answer, of known length: data[end:] is its body."""
         down = self.down
         ending = KEEP if self.fields.simple and not down.eof and not down.proxy.draining else self._ending(False)
-        if down.shortcut is not None and len(data) > down.limits.accelerated:
-            down.shortcut.leave()
-        if answer.verbatim and ending == KEEP:
-            down.transport.write(data)
-        else:
-            down.transport.write(b"".join((answer.out, ENDINGS[ending], data[end:])))
+        if not answer.verbatim or ending != KEEP:
+            data, end = b"".join((answer.out, ENDINGS[ending], data[end:])), len(answer.out) + len(ENDINGS[ending])
+        if down.shortcut is not None:
+            down.shortcut.answering(len(data))
+        down.transport.write(data)
         self.begun = True
         record = self.record
         record.response_code = answer.status
@@ -285,8 +287,11 @@ class Exchange:
         down = self.down
         chunked = length < 0 and not down.version_10
         ending = self._ending(length < 0 and not chunked)
-        if down.shortcut is not None and (length > down.limits.accelerated or (length < 0 and not done)):
-            down.shortcut.leave()
+        if down.shortcut is not None:
+            if length < 0:
+                down.shortcut.leave()
+            else:
+                down.shortcut.answering(len(answer.out) + HEAD_MARGIN + length)
         out = [answer.out, _TE, ENDINGS[ending]] if chunked else [answer.out, ENDINGS[ending]]
         self._chunked = chunked
         self.begun = True
@@ -365,7 +370,10 @@ class Exchange:
         record.response_code_details = reply.details
         ending = CLOSE if reason in (Reason.BAD_REQUEST, Reason.BODY_TIMEOUT) else self._ending(False)
         record.bytes_sent = 0 if self.head_only else reply.size
-        down.transport.write(reply.bytes(ending, self.head_only))
+        out = reply.bytes(ending, self.head_only)
+        if down.shortcut is not None:
+            down.shortcut.answering(len(out))
+        down.transport.write(out)
         self._finish(down.now(), ending)
 
     def _finish(self, now: float, ending: int, broken: bool = False) -> None:

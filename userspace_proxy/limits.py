@@ -25,7 +25,7 @@ class Limits:
     attempts: int = 2  # tries of a connect, each on another endpoint
     tick: float = 0.05  # how late a timeout may be noticed
     join_after: int = 4  # requests after which a connection may join the redirect table
-    accelerated: int = 256 * 1024  # bytes of the longest answer that goes by the redirect table
+    leave_idle: float = 3.0  # without a request on a connection that is in the redirect table
 
 
 DEFAULT_LIMITS = Limits()

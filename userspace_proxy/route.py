@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from meshbpf.model import DEFAULT_POLICY, EndpointState, Mesh, Port, Protocol, Service, ServicePolicy
+from meshbpf.model import DEFAULT_POLICY, Acceleration, EndpointState, Mesh, Port, Protocol, Service, ServicePolicy
 from meshbpf.policy.balance import Balancer, Host, balancer
 from userspace_proxy.stats import endpoint_label
 
 if TYPE_CHECKING:
+    from userspace_proxy.head import RequestFields
     from userspace_proxy.pool import Pool
     from userspace_proxy.upstream import Upstream
 
@@ -37,8 +38,8 @@ class Route:
     """One port of one service. `service` is its label; `in_flight` the cell of a gauge."""
 
     __slots__ = (
-        "balancer", "dialled", "in_flight", "per_try", "policy", "pool", "port", "protocol", "request", "service",
-        "source", "targets",
+        "accelerated", "balancer", "dialled", "heads", "in_flight", "per_try", "policy", "pool", "port", "protocol",
+        "request", "service", "source", "targets",
     )  # fmt: skip
 
     def __init__(self, service: str, port: Port, pool: Callable[[Route], Pool], in_flight: list[int]) -> None:
@@ -50,9 +51,11 @@ class Route:
         self.targets: tuple[Target, ...] = ()
         self.balancer: Balancer[Target] = balancer(DEFAULT_POLICY.load_balancer.simple, ())
         self.in_flight = in_flight
+        self.accelerated = True
         self.request = 0.0
         self.per_try = 0.0
         self.dialled = f"{service}:{port.port}".encode()
+        self.heads: dict[bytes, RequestFields] = {}  # header lines → what was read from them
         self.pool = pool(self)
 
     def update(self, service: Service, port: Port, policy: ServicePolicy, targets: tuple[Target, ...]) -> None:
@@ -62,6 +65,7 @@ class Route:
         self.protocol = port.protocol
         self.policy = policy
         self.source = service
+        self.accelerated = policy.acceleration is not Acceleration.OFF
         self.request = policy.timeouts.request
         self.per_try = policy.timeouts.per_try
         if not same:

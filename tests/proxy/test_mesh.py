@@ -253,18 +253,25 @@ async def test_http2_is_relayed_with_its_reason(bed: Bed) -> None:
 
 
 class Membership:
-    def __init__(self, log: list[str]) -> None:
+    def __init__(self, log: list[str], room: int) -> None:
         self._log = log
+        self._room = room
+        self.inside = True
+
+    def fits(self, size: int) -> bool:
+        return size <= self._room
 
     def leave(self) -> None:
         self._log.append("leave")
+        self.inside = False
 
 
 class Table:
     """A redirect table that notes who joins; `willing` says whether it takes anybody."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 1 << 20) -> None:
         self.log: list[str] = []
+        self.room = room
         self.willing = True
         self.asked: list[tuple[int, str, int, str, int]] = []
 
@@ -275,7 +282,7 @@ class Table:
         if not self.willing:
             return None
         self.log.append("join")
-        return Membership(self.log)
+        return Membership(self.log, self.room)
 
 
 async def test_a_connection_joins_when_it_has_proven_worth_it(bed: Bed) -> None:
@@ -285,7 +292,7 @@ async def test_a_connection_joins_when_it_has_proven_worth_it(bed: Bed) -> None:
     for count in range(1, 9):
         await caller.ask(GET)
         await bed.record()
-        assert table.log == (["join"] if count >= 4 else [])
+        assert table.log == (["join"] if count >= 5 else [])
     host, port = caller.writer.get_extra_info("sockname")
     assert table.asked == [(NETNS, host, port, "127.0.0.1", bed.port)]
 
@@ -297,21 +304,21 @@ async def test_a_refused_connection_asks_ever_more_rarely(bed: Bed) -> None:
     caller = await bed.caller()
     for _ in range(40):
         await caller.ask(GET)
-    assert len(table.asked) == 4  # behind 4, 8, 16, 32
+    assert len(table.asked) == 4  # with 5, 10, 20, 40
 
 
 @pytest.mark.parametrize(
     ("answer", "leaves"),
     [
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5000\r\n\r\n" + bytes(5000), False),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 300000\r\n\r\n" + bytes(300_000), True),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 60000\r\n\r\n" + bytes(60_000), True),
         (b"HTTP/1.1 200 OK\r\n\r\nok", True),
     ],
 )
 async def test_a_member_leaves_before_long_and_endless_answers(bed: Bed, answer: bytes, leaves: bool) -> None:
-    table = Table()
+    table = Table(room=50_000)
 
     async def talk(peer: Peer) -> None:
         while head := await peer.head():
@@ -320,9 +327,9 @@ async def test_a_member_leaves_before_long_and_endless_answers(bed: Bed, answer:
                 peer.writer.close()
                 return
 
-    await bed.serve(await bed.endpoint(talk), accelerator=table, limits=Limits(accelerated=50_000))
+    await bed.serve(await bed.endpoint(talk), accelerator=table)
     caller = await bed.caller()
-    for _ in range(4):
+    for _ in range(5):
         await caller.ask(GET)
     await caller.ask(GET.replace(b"/ ", b"/long "))
     assert table.log == (["join", "leave"] if leaves else ["join"])
@@ -343,8 +350,23 @@ async def test_a_member_leaves_before_a_tunnel(bed: Bed) -> None:
 
     await bed.serve(await bed.endpoint(talk), accelerator=table)
     caller = await bed.caller()
-    for _ in range(4):
+    for _ in range(5):
         await caller.ask(GET)
     caller.send(WEBSOCKET)
     await caller.head()
     assert table.log == ["join", "leave"]
+
+
+async def test_a_member_leaves_when_idle_and_may_come_back(bed: Bed) -> None:
+    table = Table()
+    await bed.serve(await bed.endpoint(), accelerator=table, limits=Limits(leave_idle=0.05, tick=0.01))
+    caller = await bed.caller()
+    for _ in range(5):
+        await caller.ask(GET)
+    assert table.log == ["join"]
+    async with asyncio.timeout(5):
+        while table.log != ["join", "leave"]:
+            await asyncio.sleep(0.01)
+    for _ in range(5):
+        await caller.ask(GET)
+    assert table.log == ["join", "leave", "join"]
