@@ -224,6 +224,8 @@ static __always_inline enum reason room(struct command *command)
 				pair->read[SIDE_PROXY] = member->sent;
 			if (reason != REASON_JOINED)
 				pairs.delete(&command->pair);
+			else if (!ANSWERS)
+				command->room = CREDIT_BYTES; /* answers go by TCP anyway, see redirect.c */
 			else if (pair->proof[SIDE_PROXY] !=
 				 (PROVEN | FIELD(u32, proxy_tcp, AT_TCP_WRITE_SEQ)))
 				reason = REASON_ORDER_UNPROVEN;

@@ -46,6 +46,10 @@ static __always_inline enum reason decide(struct sk_msg_md *msg, struct member *
 	struct member_key peer = {.pair = member->pair, .side = side ^ 1};
 	u64 sent = member->sent + msg->size;
 
+	/* Kernels whose FIONREAD does not count redirected bytes (5.10, 6.1) count TCP's rightly for a member: there
+	 * only requests are redirected, because nginx, Java and .NET would see no answer in front of them. */
+	if (!ANSWERS && side == SIDE_PROXY)
+		return REASON_READER_COUNTS;
 	if (pair->proof[side] != (PROVEN | FIELD(u32, tcp, AT_TCP_WRITE_SEQ)))
 		return REASON_ORDER_UNPROVEN;
 	if (sent - pair->read[side] > CREDIT_BYTES) {

@@ -148,6 +148,8 @@ def redirect_defines() -> dict[str, int]:
         zerocopy = kernel.enumerator("sock_flags", "SOCK_ZEROCOPY")
         if zerocopy is None:
             raise EnvironmentLack("this kernel's BTF has no SOCK_ZEROCOPY", "use a kernel from 5.10 to 6.18")
-        return defines | {"SOCK_ZEROCOPY": zerocopy}
+        # FIONREAD of a member learnt to count redirected bytes together with this field (6.6.128, 6.12.75, 6.18.14).
+        counts = kernel.field("sk_psock", "msg_tot_len") is not None
+        return defines | {"SOCK_ZEROCOPY": zerocopy, "ANSWERS": int(counts)}
     finally:
         kernel.close()

@@ -149,8 +149,8 @@ class Membership:
         self._room = GRANT_BYTES
 
     def fits(self, size: int) -> bool:
-        """Whether an answer of `size` bytes, sent now, will be redirected whole. Nearly free: asks the kernel only when
-        what it last granted is used up. False: leave() and send by TCP.
+        """Whether an answer of `size` bytes may be sent now without leaving first: it will be redirected whole, or this
+        kernel redirects requests only. Nearly free: asks the kernel when what it last granted is used up.
         """
         if size > self._room:
             if self._commands.run(abi.Op.ROOM, pair=self.pair) is not Reason.JOINED:

@@ -20,6 +20,7 @@ from loader import abi, blocking
 from loader.blocking import Seen, name_of
 from loader.pipes import holds_payload_pipe
 from loader.rig import PATIENCE, Pair, Rig
+from meshbpf.reason import Reason
 
 FLOOD = 16 << 20
 CHUNK = 1 << 16
@@ -104,13 +105,14 @@ def fionread(rig: Rig) -> Seen:
     with rig.pair() as pair:
         membership = rig.joined(pair)
         pair.p.sendall(b"x" * 100)
+        select.select([pair.c], [], [], PATIENCE)
         redirected = unread(pair.c)
         pair.c.recv(100)
         membership.leave()
         pair.p.sendall(b"x" * 50)
         select.select([pair.c], [], [], PATIENCE)
         tcp = unread(pair.c)
-        return (redirected, tcp) == (100, 50), f"{redirected} of 100 redirected and {tcp} of 50 TCP bytes"
+        return (redirected, tcp) == (100, 50), f"{redirected} of 100 bytes inside, {tcp} of 50 outside"
 
 
 def fionread_control(rig: Rig) -> Seen:
@@ -182,23 +184,22 @@ def unread_entry(rig: Rig) -> Seen:
     """Deleting a member throws its unread bytes away: it must be refused until they are read."""
     with rig.pair() as pair:
         membership = rig.joined(pair)
-        pair.p.sendall(b"answer")
-        membership.leave()
-        refused = membership.inside
-        got = pair.c.recv(100)
-        membership.leave()
-        right = refused and got == b"answer" and not membership.inside
-        return right, f"{'kept' if refused else 'deleted'}, {got.decode()}"
+        pair.c.sendall(b"request")
+        early = rig.commands.run(abi.Op.DRAIN, pair=membership.pair, side=abi.Side.PROXY)
+        got = pair.p.recv(100)
+        late = rig.commands.run(abi.Op.DRAIN, pair=membership.pair, side=abi.Side.PROXY)
+        right = (early, got, late) == (Reason.UNREAD, b"request", Reason.LEFT)
+        return right, f"{'kept' if early is Reason.UNREAD else 'deleted'}, {got.decode()}"
 
 
 def unread_entry_control(rig: Rig) -> Seen:
     with rig.pair() as pair:
         membership = rig.joined(pair)
-        pair.p.sendall(b"answer")
-        rig.delete(membership.pair, abi.Side.APPLICATION)
-        pair.c.setblocking(False)
+        pair.c.sendall(b"request")
+        rig.delete(membership.pair, abi.Side.PROXY)
+        pair.p.setblocking(False)
         try:
-            return False, f"read {pair.c.recv(100).decode()!r}"
+            return False, f"read {pair.p.recv(100).decode()!r}"
         except BlockingIOError:
             return True, "lost"
 

@@ -49,6 +49,7 @@ class Reason(IntEnum):
     PEER_SENDING = 31
     READER_UNCHECKED = 32
     NO_STAGE = 33
+    READER_COUNTS = 34
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -112,6 +113,7 @@ TEXT: dict[Reason, str] = {
     Reason.SENDER_ZEROCOPY: "not carried: the application set SO_ZEROCOPY and would wait for completions",
     Reason.PEER_SENDING: "kept in the redirect table for now: the peer is in the middle of a call",
     Reason.READER_UNCHECKED: "not carried yet: the application's process was not looked at",
+    Reason.READER_COUNTS: "an answer by TCP: this kernel hides redirected bytes from readers that use FIONREAD",
     Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",
