@@ -55,9 +55,9 @@ test-vm: $(VENV)/.made ## attach, call, detach on kernels 5.10, 6.1 and 6.12 (AR
 	@$(PROVISION) vm
 	$(SUDO) vagrant/test-vm.sh $(ARGS)
 
-bench: setup $(VENV)/.bench ## the figures of docs, measured here
+bench: setup $(VENV)/.bench ## the figures of docs, measured here (QUICK=1: under 2 minutes)
 	@$(PROVISION) bench
-	$(SUDO) $(PY) -m bench $(ARGS)
+	$(SUDO) $(PY) -m bench $(if $(QUICK),--quick) $(ARGS)
 
 clean: ## everything that was made here
 	rm -rf $(VENV) vagrant/.cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

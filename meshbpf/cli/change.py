@@ -1,4 +1,7 @@
-"""The verbs: attach, run, exec, detach. Each does one thing to the machine and says what it did."""
+"""The verbs: attach, run, exec, detach. Each does one thing to the machine and says what it did.
+
+What a command alone needs is imported in it: `exec` stands before every program of a host and must not load a server.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,7 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
 from meshbpf.errors import EnvironmentLack, MeshError
-from meshbpf.runtime import cgroup, stop
-from meshbpf.runtime.agent import Options
-from meshbpf.runtime.sources import last_generation, once
+from meshbpf.runtime import cgroup
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +38,8 @@ def attach(
     allow_root_cgroup: AllowRoot = False,
 ) -> None:
     """Compile, load, pin, attach and fill the tables, then exit: direct ports work with no process at all."""
+    from meshbpf.runtime.sources import last_generation, once
+
     environment.require_capabilities()
     paths = options.cgroups(cgroup, allow_root_cgroup)
     target = Instance(instance)
@@ -64,6 +67,7 @@ def run(
     log_format: LogFormat = "text",
 ) -> None:
     """Attach, then stay: registry, proxy, metrics. SIGTERM drains, SIGHUP re-reads."""
+    from meshbpf.runtime.agent import Options
     from meshbpf.runtime.main import serve
 
     environment.require_capabilities()
@@ -107,6 +111,8 @@ def execute(
 
 def detach(instance: InstanceName = "default") -> None:
     """Take everything of that instance away; exit 0 when nothing was there."""
+    from meshbpf.runtime import stop
+
     environment.require_capabilities()
     target = Instance(instance)
     removed = stop.stop_processes(target)

@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from loader.instance import Instance
-from meshbpf import register as light
 from meshbpf.cli.options import InstanceName
 from meshbpf.errors import ConfigError
 from meshbpf.registration import Registration, registration
-from meshbpf.registry.client import RegistryClient
 
 Service = Annotated[str, typer.Argument(metavar="SERVICE", help="name or name.namespace")]
 
@@ -56,6 +54,9 @@ def put_in(
 
 
 async def _kept(instance: str, wanted: Registration, command: list[str]) -> int:
+    from meshbpf import register as light
+    from meshbpf.registry.client import RegistryClient
+
     async with RegistryClient(unix=Instance(instance).socket) as client:
         return await light.register(client, wanted, command)
 
@@ -66,6 +67,9 @@ def take_out(
     instance: InstanceName = "default",
 ) -> None:
     """Take an instance out of the registry."""
+
+    from meshbpf import register as light
+    from meshbpf.registry.client import RegistryClient
 
     async def ask() -> str:
         async with RegistryClient(unix=Instance(instance).socket) as client:
