@@ -16,7 +16,6 @@ from userspace_proxy.exchange import Exchange
 from userspace_proxy.grammar import END, LINE, METHODS, PREFACE, TOO_SLOW, VERSIONS, Fault, partial_fault, whole_fault
 from userspace_proxy.head import RequestFields, request_fields, request_target
 from userspace_proxy.reply import CLOSE, LINE_TOO_LONG, REPLIES
-from userspace_proxy.upstream import MEMO
 from userspace_proxy.wire import reset
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from userspace_proxy.server import Proxy
     from userspace_proxy.tunnel import Tunnel
 
-HEADS = 256  # request heads that a route remembers, whoever sent them
+HEADS, HEAD_BYTES = 256, 1024  # request heads that a route remembers, and the longest of them
 LISTENS, LINGERS, RELAYS = 0, 1, 2  # what is done with bytes: served; thrown away behind the last answer; kept
 PARKED = 1  # why the caller is not read: enough of what it sent waits (others: UPSTREAM_FULL, UNATTACHED)
 
@@ -276,7 +275,9 @@ class Downstream(asyncio.Protocol):
         fields = request_fields(lines, 1 if version == b"1" else 0, host, dialled, self.limits)
         if isinstance(fields, Fault):
             return fields
-        if version == b"1" and host is None and len(lines) <= MEMO and route is not None:
+        # A head with an id of its own comes once, and remembering it would push out those that come again.
+        own = fields.request_id is not None or fields.trace_id is not None
+        if version == b"1" and host is None and route is not None and len(lines) <= HEAD_BYTES and not own:
             if len(route.heads) >= HEADS:
                 route.heads.clear()
             route.heads[lines] = fields
