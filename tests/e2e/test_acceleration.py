@@ -1,4 +1,4 @@
-"""Connections that have proven worth it are redirected from socket to socket; `acceleration: off` is the same without."""
+"""Connections that have proven worth it are redirected from socket to socket; `acceleration: off` redirects none."""
 
 from __future__ import annotations
 
