@@ -8,7 +8,7 @@ PROVISION := $(SUDO) vagrant/provision.sh
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Through sudo only what is named reaches the tests, and nothing of root's is left in the tree.
 PYTEST = $(SUDO) env $(if $(SUDO),PYTHONDONTWRITEBYTECODE=1) $(if $(MESHBPF_NO_SKIP),MESHBPF_NO_SKIP=1) $(PY) -m pytest
-C_FILES := $(filter-out bpf/abi.h,$(wildcard bpf/*.c bpf/*.h))
+C_FILES := $(filter-out bpf/abi.h,$(wildcard bpf/*.c bpf/*.h bpf/lib/*.h))
 ARGS :=
 
 .NOTPARALLEL:

@@ -8,24 +8,24 @@
 #pragma once
 #include "abi.h"
 
-#define TABLE(_kind, _key, _leaf, _name, _max, _flags)                                                         \
-	struct _name##_table_t {                                                                               \
-		_key key;                                                                                      \
-		_leaf leaf;                                                                                    \
-		_leaf *(*lookup)(_key *);                                                                      \
-		int (*update)(_key *, _leaf *);                                                                \
-		int (*insert)(_key *, _leaf *);                                                                \
-		int (*delete)(_key *);                                                                         \
-		void (*call)(void *, int);                                                                     \
-		void *(*sk_storage_get)(void *, void *, int);                                                  \
-		int (*sk_storage_delete)(void *);                                                              \
-		int (*msg_redirect_hash)(void *, void *, u64);                                                 \
-		int (*ringbuf_output)(void *, u64, u64);                                                       \
-		u32 max_entries;                                                                               \
-		int flags;                                                                                     \
-	};                                                                                                     \
-	__attribute__((section("maps/" _kind ":" PIN_DIR "/" #_name))) struct _name##_table_t _name = {        \
-		.flags = (_flags), .max_entries = (_max)};                                                     \
+#define TABLE(_kind, _key, _leaf, _name, _max, _flags)                                                       \
+	struct _name##_table_t {                                                                             \
+		_key key;                                                                                    \
+		_leaf leaf;                                                                                  \
+		_leaf *(*lookup)(_key *);                                                                    \
+		int (*update)(_key *, _leaf *);                                                              \
+		int (*insert)(_key *, _leaf *);                                                              \
+		int (*delete)(_key *);                                                                       \
+		void (*call)(void *, int);                                                                   \
+		void *(*sk_storage_get)(void *, void *, int);                                                \
+		int (*sk_storage_delete)(void *);                                                            \
+		int (*msg_redirect_hash)(void *, void *, u64);                                               \
+		int (*ringbuf_output)(void *, u64, u64);                                                     \
+		u32 max_entries;                                                                             \
+		int flags;                                                                                   \
+	};                                                                                                   \
+	__attribute__((section("maps/" _kind ":" PIN_DIR "/" #_name))) struct _name##_table_t _name = {      \
+	    .flags = (_flags), .max_entries = (_max)};                                                       \
 	BPF_ANNOTATE_KV_PAIR(_name, _key, _leaf)
 
 /* address, port, protocol -> service id. Writer: loader. */
