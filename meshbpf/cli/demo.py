@@ -23,7 +23,7 @@ def demo() -> None:
     """Small services in namespaces of their own, real calls, one planted fault; under 30 s; leaves nothing."""
     from meshbpf.demo import cleanup
     from meshbpf.demo.play import Play
-    from meshbpf.demo.scene import Scene
+    from meshbpf.demo.scene import Scene, agent_says
 
     environment.require_capabilities()
     environment.require_bpffs()
@@ -40,6 +40,8 @@ def demo() -> None:
         except KeyboardInterrupt:
             typer.echo("\ninterrupted: taking everything away", err=True)
             raise typer.Exit(130) from None
+        except MeshError as error:
+            raise MeshError(f"{error}\n\nThe agent's last words:\n{agent_says()}") from error
         finally:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it behind
@@ -51,7 +53,8 @@ def demo() -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    raise MeshError(f"ended by {signal.Signals(number).name}; everything was taken away")
+    typer.echo(f"\n{signal.Signals(number).name}: taking everything away", err=True)
+    raise typer.Exit(128 + number)
 
 
 def _alone() -> socket.socket:

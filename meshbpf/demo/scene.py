@@ -44,7 +44,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> 
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise MeshError(f"not within {seconds:.0f} s: {what}; the agent says:\n{agent_says()}")
+            raise MeshError(f"not within {seconds:.0f} s: {what}")
         time.sleep(0.02)
     return value
 
@@ -114,7 +114,7 @@ class Scene:
         self.processes.append(self.agent)
         assert self.agent.stderr is not None
         if not said(self.agent.stderr, " ready instance=", cast.AGENT_LOG):
-            raise MeshError(f"the agent did not start; it says:\n{agent_says()}")
+            raise MeshError("the agent did not start")
 
     def show(self, *arguments: str) -> str:
         """What a reading command prints."""

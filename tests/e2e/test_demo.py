@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,14 @@ DEMO = [sys.executable, "-m", "meshbpf.cli", "demo"]
 SECONDS = 30.0
 FOUND = "FOUND: 198.18.77.23:8080 (orders-3) failed"
 MIDDLE = "meshbpf services --instance demo"  # agent, endpoints, namespaces: everything is there by then
+
+
+@pytest.fixture(autouse=True)
+def turn() -> Iterator[None]:
+    """One demo at a time is all that a machine has room for: another run of these tests is waited for."""
+    with Path(tempfile.gettempdir(), "meshbpf-test-demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def left() -> list[str]:
@@ -61,7 +71,7 @@ def test_finds_the_fault_and_leaves_nothing() -> None:
     assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_half_way_leaves_nothing(number: signal.Signals, code: int) -> None:
     with half_way() as demo:
         demo.send_signal(number)
