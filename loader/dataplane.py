@@ -260,8 +260,17 @@ def _drop_stale(instance: Instance, cgroups: Sequence[Path], layout: str) -> Non
             pin.unlink()
     for folder in instance.pins.glob("maps-*"):
         if folder != instance.maps(layout):
-            redirect.drain(folder)
-            shutil.rmtree(folder)
+            _remove_tables(folder)
+
+
+def _remove_tables(folder: Path) -> list[str]:
+    """The command program goes first: whoever finds the rest without it knows that the table is drained."""
+    redirect.drain(folder)
+    pins = sorted(folder.iterdir(), key=lambda pin: (pin.name != redirect.COMMAND, pin.name))
+    for pin in pins:
+        pin.unlink()
+    folder.rmdir()
+    return [f"map {pin.name}" for pin in pins]
 
 
 def write_state(
@@ -311,13 +320,13 @@ def detach(instance: Instance) -> list[str]:
             removed.append(f"link {pin.name}")
     if instance.pins.is_dir():
         for folder in instance.pins.glob("maps-*"):
-            redirect.drain(folder)
+            removed += _remove_tables(folder)
         for path in sorted(instance.pins.rglob("*"), reverse=True):
             if path.is_dir():
                 path.rmdir()
             else:
                 path.unlink()
-                removed.append(f"{'map' if path.parent.name.startswith('maps-') else 'program'} {path.name}")
+                removed.append(f"program {path.name}")
         instance.pins.rmdir()
         with contextlib.suppress(OSError):  # another instance lives beside us
             instance.pins.parent.rmdir()
