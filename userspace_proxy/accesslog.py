@@ -152,6 +152,10 @@ class AccessLog:
     def _open(self) -> None:
         # Our own open file description, so that O_NONBLOCK is nobody else's business: stdout is shared with others.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        if self._path == "/dev/stdout" and stat.S_ISREG(os.fstat(1).st_mode):
+            # `meshbpf run > FILE 2>&1`: with a position of our own we would write over the agent's log.
+            self._fd, self._socket, self._regular = os.dup(1), None, True
+            return
         try:
             self._fd, self._socket = os.open(self._path, flags, 0o640), None
         except OSError as error:

@@ -78,6 +78,8 @@ class Machine:
         for name in self._namespaces:
             subprocess.run(["ip", "netns", "del", name], check=True)
         self._remove_cgroup()
+        for leftover in Path("/var/lib/meshbpf").glob(f"{self.instance.name}.db*"):
+            leftover.unlink()  # addresses and instances outlive a detach on purpose, but not a test
 
     def _remove_cgroup(self) -> None:
         def empty() -> bool:

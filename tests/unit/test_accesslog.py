@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,29 @@ async def test_a_socket_as_stdout_is_written_without_making_it_nonblocking_for_o
         got += more
     theirs.close()
     assert len(numbers(got)) + losses.lines == 5000
+
+
+async def test_a_file_as_stdout_is_shared_with_whoever_writes_there(tmp_path: Path) -> None:
+    """`meshbpf run > FILE 2>&1`: neither log may write over the other."""
+    script = """
+import asyncio, os, sys
+from meshbpf.model import AccessLogSettings
+from meshbpf.record import Record
+from userspace_proxy.accesslog import AccessLog
+
+async def main():
+    log = AccessLog(AccessLogSettings(), asyncio.get_running_loop(), lambda source, count: None)
+    os.write(2, b"first word of the agent\\n")
+    log.write(Record("orders", 1.0, "w", "r"))
+    log.flush()
+    os.write(2, b"last word of the agent\\n")
+
+asyncio.run(main())
+"""
+    path = tmp_path / "both.log"
+    with path.open("wb") as both:
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=both, stderr=both)
+        assert await child.wait() == 0
+    first, line, last = path.read_text().splitlines()
+    assert (first, last) == ("first word of the agent", "last word of the agent")
+    assert json.loads(line)["service"] == "orders"
