@@ -86,7 +86,11 @@ def execute(
 ) -> None:
     """Join the cgroup (made when missing), then become CMD: how a program enters the mesh on a plain host."""
     if cgroup_ is None:
-        named = Instance(instance).read_state().get("cgroups")
+        try:
+            named = Instance(instance).read_state().get("cgroups")
+        except PermissionError as error:
+            lack = f"may not read instance {instance}"
+            raise EnvironmentLack(lack, "run as root (sudo), or name --cgroup") from error
         if not named:
             raise EnvironmentLack(
                 f"instance {instance} is not attached", "meshbpf attach --cgroup PATH -c FILE, or name --cgroup"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +30,24 @@ InstanceName = Annotated[
 ]
 AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
 Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml")]
-LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error")]
-LogFormat = Annotated[str, typer.Option("--log-format", help="text or json")]
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in words:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(words)}")
+        return value
+
+    return check
+
+
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        "--log-level", callback=_one_of("debug", "info", "warning", "error"), help="debug, info, warning or error"
+    ),
+]
+LogFormat = Annotated[str, typer.Option("--log-format", callback=_one_of("text", "json"), help="text or json")]
 
 DEFAULT_CONFIG = Path("/etc/meshbpf")
 
