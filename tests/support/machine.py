@@ -21,11 +21,26 @@ import yaml
 
 from loader import environment
 from loader.instance import Instance
+from meshbpf.cli import ask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 20.0
 Done = subprocess.CompletedProcess[str]
 CLI = (sys.executable, "-m", "meshbpf.cli")
+
+
+class Load:
+    """A running tests/support/load.py. `stop` ends it and gives what came of it."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n", "the load got no answer"
+
+    def stop(self) -> dict[str, Any]:
+        out, _err = self.process.communicate(timeout=SECONDS)
+        result: dict[str, Any] = json.loads(out)
+        return result
 
 
 def free_port() -> int:
@@ -53,6 +68,7 @@ class Machine:
         self.cgroup = environment.cgroup2() / name
         self.proxy_port = free_port()
         self.admin_port = free_port()
+        self.registry_port = free_port()
         self.access_log = folder / "access.log"
         self.agent_spec: dict[str, Any] = {}
         self.agent: subprocess.Popen[bytes] | None = None
@@ -64,8 +80,9 @@ class Machine:
         self.cgroup.mkdir(exist_ok=True)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
         if self.agent is not None and self.agent.poll() is None:
+            self.agent.send_signal(signal.SIGCONT)
             self.stop_agent()
         for process in self._processes:
             if process.poll() is None:
@@ -74,12 +91,13 @@ class Machine:
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
-        self.meshbpf("detach", "--instance", self.instance.name)
+        detached = self.detach()
         for name in self._namespaces:
             subprocess.run(["ip", "netns", "del", name], check=True)
         self._remove_cgroup()
-        for leftover in Path("/var/lib/meshbpf").glob(f"{self.instance.name}.db*"):
-            leftover.unlink()  # addresses and instances outlive a detach on purpose, but not a test
+        if kind is None:
+            assert detached.returncode == 0, detached.stderr
+            assert not self.instance.pins.exists() and not self.instance.run.exists(), "something is left"
 
     def _remove_cgroup(self) -> None:
         def empty() -> bool:
@@ -100,6 +118,9 @@ class Machine:
             "proxy": {"listen": f"127.0.0.1:{self.proxy_port}", "drain": "3s"},
             "admin": {"listen": f"127.0.0.1:{self.admin_port}"},
             "accessLog": {"format": "json", "path": str(self.access_log)},
+            "registries": [
+                {"embedded": {"listen": f"127.0.0.1:{self.registry_port}", "store": str(self.folder / "registry.db")}}
+            ],
             **self.agent_spec,
         }
         whole = [{"apiVersion": "meshbpf.io/v1", "kind": "Agent", "spec": agent}, *documents]
@@ -135,6 +156,11 @@ class Machine:
         value: dict[str, Any] = json.loads(done.stdout)
         return value
 
+    def run_to_end(self, *more: str) -> Done:
+        """`meshbpf run` that is expected to end by itself."""
+        arguments = ["run", "--cgroup", str(self.cgroup), "-c", str(self.folder / "config")]
+        return self.meshbpf(*arguments, "--instance", self.instance.name, *more)
+
     def run_agent(self, *more: str, cgroup: Path | None = None) -> subprocess.Popen[bytes]:
         """Start `meshbpf run` and wait until it says that it is ready."""
         arguments = ["--cgroup", str(self.cgroup), "-c", str(self.folder / "config")]
@@ -153,6 +179,19 @@ class Machine:
         until(ready, "the agent is ready")
         return self.agent
 
+    def agent_says(self) -> dict[str, Any]:
+        """The agent's own status."""
+        answer = ask.get(self.instance, "/v1/status")
+        assert answer is not None, "no agent"
+        return answer
+
+    def log(self) -> str:
+        return self.agent_log.read_text()
+
+    def until_logged(self, text: str, begin: int = 0) -> None:
+        """`begin`: how much of the log is old."""
+        until(lambda: text in self.log()[begin:], f"{text!r} in the agent's log")
+
     def stop_agent(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.agent is not None
         self.agent.send_signal(number)
@@ -164,6 +203,24 @@ class Machine:
         """Start an HTTP endpoint outside the mesh; its port."""
         command = [sys.executable, "-m", "tests.support.server", name, address, str(port)]
         return int(self.start([*self._in(netns), *command], stdout=subprocess.PIPE, text=True).stdout.readline())
+
+    def quick(self, name: str, address: str = "127.0.0.1", port: int = 0, netns: str | None = None) -> int:
+        """Start an endpoint that bears load; its port."""
+        command = [sys.executable, "-m", "tests.support.quick", name, address, str(port)]
+        return int(self.start([*self._in(netns), *command], stdout=subprocess.PIPE, text=True).stdout.readline())
+
+    def load(
+        self, host: str, *, rate: float = 0, connections: int = 4, new: bool = False, netns: str | None = None
+    ) -> Load:
+        """A client that asks port 80 all the time; returns once it got its first answer."""
+        command = [sys.executable, "-m", "tests.support.load", host, "80", str(connections), str(rate)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return Load(self.start_client(*command, "new" if new else "kept", netns=netns, **pipes))
+
+    @property
+    def latest(self) -> subprocess.Popen[Any]:
+        """What was started last."""
+        return self._processes[-1]
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         process = subprocess.Popen(command, cwd=ROOT, **options)
@@ -193,6 +250,23 @@ class Machine:
         assert done.returncode == 0, (done.stdout, done.stderr)
         value: dict[str, Any] = json.loads(done.stdout)
         return value
+
+    def network(self, count: int) -> list[str]:
+        """Network namespaces that reach each other: the n-th has 198.18.0.n, over a bridge in one more namespace."""
+        hub = self.netns(f"{self.instance.name}-hub")
+        subprocess.run(["ip", "-n", hub, "link", "add", "br0", "up", "type", "bridge"], check=True)
+        names = []
+        for number in range(1, count + 1):
+            name = self.netns(f"{self.instance.name}-{number}")
+            for command in (
+                f"-n {hub} link add p{number} type veth peer name eth0 netns {name}",
+                f"-n {hub} link set p{number} master br0 up",
+                f"-n {name} addr add 198.18.0.{number}/24 dev eth0",
+                f"-n {name} link set eth0 up",
+            ):
+                subprocess.run(["ip", *command.split()], check=True)
+            names.append(name)
+        return names
 
     def netns(self, name: str) -> str:
         """A network namespace with its loopback up."""

@@ -1,0 +1,120 @@
+"""The agent dies, and the next one takes over: callers must not notice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.machine import Machine, policy, service, until
+
+ADDRESS = "127.96.0.10"
+URL = f"http://{ADDRESS}/"
+
+
+def failures(result: dict[str, object]) -> dict[str, object]:
+    return {key: result[key] for key in ("failed", "failed_kept") if result[key]}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def kill_agent(machine: Machine) -> list[int]:
+    """The workers it leaves behind."""
+    pids: list[int] = machine.agent_says()["worker_pids"]
+    machine.stop_agent(signal.SIGKILL)
+    return pids
+
+
+@pytest.mark.parametrize(("mode", "workers"), [("direct", 1), ("proxy", 1), ("proxy", 3)])
+def test_killed_under_load_and_replaced_with_no_failed_request(machine: Machine, mode: str, workers: int) -> None:
+    machine.configure(service("orders", ADDRESS, [machine.quick("a"), machine.quick("b")]), policy("orders", mode=mode))
+    machine.run_agent("--workers", str(workers))
+    loads = [machine.load(ADDRESS, connections=6, new=new, rate=300) for new in (True, False)]
+    left = kill_agent(machine)
+    assert all(alive(pid) for pid in left)
+    assert machine.curl(URL)["endpoint"] in "ab"
+    machine.run_agent("--workers", str(workers))
+    until(lambda: not any(alive(pid) for pid in left), "the workers of the killed agent have drained")
+    assert machine.curl(URL)["endpoint"] in "ab"
+    for load in loads:
+        result = load.stop()
+        assert not failures(result) and result["stale"] == 0, result
+        assert result["ok"] > 300
+        assert set(result["endpoints"]) == {"a", "b"}
+    if mode == "proxy":
+        assert {record["carrier"] for record in machine.records(1)} == {"proxy"}, "never bypassed"
+        counts = {row["reason"]: row["count"] for row in machine.show("reasons")["reasons"]}
+        assert not {"proxy_absent", "proxy_hung", "proxy_not_in_netns"} & set(counts), counts
+
+
+def test_a_new_agent_brings_a_new_service_and_other_table_sizes(machine: Machine) -> None:
+    """The workers of the killed agent know neither: nothing may be led to them that they cannot serve."""
+    port = machine.quick("a")
+    machine.configure(service("orders", ADDRESS, [port]))
+    machine.run_agent()
+    load = machine.load(ADDRESS, connections=4, new=True, rate=300)
+    kill_agent(machine)
+    machine.agent_spec["maps"] = {"flows": 4096}
+    machine.configure(service("orders", ADDRESS, [port]), service("users", "127.96.0.11", [port]))
+    machine.run_agent()
+    assert machine.curl("http://127.96.0.11/")["endpoint"] == "a"
+    result = load.stop()
+    assert not failures(result), result
+
+
+def test_a_hanging_orphan_does_not_keep_the_next_agent_away(machine: Machine) -> None:
+    machine.configure(service("orders", ADDRESS, [machine.quick("a")]))
+    machine.run_agent()
+    (stuck,) = kill_agent(machine)
+    os.kill(stuck, signal.SIGSTOP)
+    machine.run_agent()
+    assert "does not answer" in machine.log()
+    assert not alive(stuck)
+    assert machine.curl(URL)["endpoint"] == "a"
+
+
+def test_detach_ends_a_running_agent(machine: Machine) -> None:
+    machine.configure(service("orders", ADDRESS, [machine.quick("a")]))
+    agent = machine.run_agent("--workers", "2")
+    workers = machine.agent_says()["worker_pids"]
+    done = machine.detach()
+    assert done.returncode == 0, done.stderr
+    assert f"removed agent {agent.pid}" in done.stdout
+    assert agent.wait(5) == 0
+    assert not any(alive(pid) for pid in workers)
+    assert not machine.instance.pins.exists() and not machine.instance.run.exists()
+    again = machine.detach()
+    assert (again.returncode, again.stdout) == (0, f"nothing attached as {machine.instance.name}\n")
+
+
+def test_detach_ends_orphans_even_hanging_ones(machine: Machine) -> None:
+    machine.configure(service("orders", ADDRESS, [machine.quick("a")]))
+    machine.run_agent("--workers", "2")
+    left = kill_agent(machine)
+    os.kill(left[0], signal.SIGSTOP)
+    done = machine.detach()
+    assert done.returncode == 0, done.stderr
+    assert f"removed worker {left[1]}" in done.stdout
+    assert not any(alive(pid) for pid in left)
+    assert not machine.instance.pins.exists() and not machine.instance.run.exists()
+
+
+def test_an_orphan_ends_by_a_signal(machine: Machine) -> None:
+    """Nobody else is there to tell it. Beside an agent it waits for the agent's word."""
+    machine.configure(service("orders", ADDRESS, [machine.quick("a")]))
+    machine.run_agent()
+    (worker,) = machine.agent_says()["worker_pids"]
+    os.kill(worker, signal.SIGTERM)
+    assert machine.curl(URL)["endpoint"] == "a"
+    assert machine.agent_says()["worker_pids"] == [worker]
+    kill_agent(machine)
+    os.kill(worker, signal.SIGTERM)
+    until(lambda: not alive(worker), "the orphan has ended")
+    assert machine.curl(URL)["endpoint"] == "a"  # onProxyDown: direct
