@@ -24,7 +24,7 @@ _AWKWARD = re.compile(r'[\\"\x00-\x1f]|[^\x20-\x7e]')
 _NULL = "null"
 NONE = "-"
 MAX_COMMON = 4096
-_COMMON: dict[tuple[object, ...], tuple[str, str, str]] = {}
+_COMMON: dict[tuple[object, ...], tuple[str, str, str, str]] = {}
 
 
 class Seconds:
@@ -61,38 +61,39 @@ def json_line(record: Record, seconds: Seconds) -> str:
     # price. What is each request's own stays out of the key.
     key = (
         r.direction, r.workload, r.service, r.route_name, r.method, r.authority, r.protocol, r.response_code,
-        r.response_flags, r.response_code_details, r.upstream_host, r.downstream_remote, r.attempts, r.carrier,
-        r.reason, r.user_agent, r.x_forwarded_for,
+        r.response_flags, r.response_code_details, r.upstream_host, r.attempts, r.carrier, r.reason, r.user_agent,
+        r.x_forwarded_for,
     )  # fmt: skip
     common = _COMMON.get(key)
     if common is None:
         if len(_COMMON) >= MAX_COMMON:
             _COMMON.clear()
         common = _COMMON[key] = _fragments(r)
-    before_path, before_bytes, end = common
-    request_id, path = r.request_id, r.path
-    if request_id is not None and path is not None and _plain(request_id + path):
-        own, path = f'"{request_id}"', f'"{path}"'
+    before_path, before_bytes, host, end = common
+    request_id, path, remote = r.request_id, r.path, r.downstream_remote
+    if request_id is not None and path is not None and _plain(f"{request_id}{path}{remote}"):
+        own, path, remote = f'"{request_id}"', f'"{path}"', f'"{remote}"'
     else:
-        own, path = _value(request_id), _value(path)
+        own, path, remote = _value(request_id), _value(path), _value(remote)
     trace_id = _NULL if r.trace_id is None else _value(r.trace_id)
     service_ms = r.upstream_service_time_ms
     upstream_ms = _NULL if service_ms is None else f"{service_ms:.3f}"
     return (
         f'{{"start_time":"{seconds.text(r.start_time)}","request_id":{own},"trace_id":{trace_id}{before_path}'
         f',"path":{path}{before_bytes},"bytes_received":{r.bytes_received},"bytes_sent":{r.bytes_sent}'
-        f',"duration_ms":{r.duration_ms:.3f},"upstream_service_time_ms":{upstream_ms}{end}'
+        f',"duration_ms":{r.duration_ms:.3f},"upstream_service_time_ms":{upstream_ms}{host}'
+        f',"downstream_remote":{remote}{end}'
     )
 
 
-def _fragments(r: Record) -> tuple[str, str, str]:
-    """What stands between the trace id and the path, between path and byte counts, and behind the last duration."""
+def _fragments(r: Record) -> tuple[str, str, str, str]:
+    """What stands before the path, before the byte counts, before the caller's address, and behind it."""
     return (
         f',"direction":{_value(r.direction)},"workload":{_value(r.workload)},"service":{_value(r.service)}'
         f',"route_name":{_value(r.route_name)},"method":{_value(r.method)},"authority":{_value(r.authority)}',
         f',"protocol":{_value(r.protocol)},"response_code":{r.response_code}'
         f',"response_flags":{_value(r.response_flags)},"response_code_details":{_value(r.response_code_details)}',
-        f',"upstream_host":{_value(r.upstream_host)},"downstream_remote":{_value(r.downstream_remote)}'
+        f',"upstream_host":{_value(r.upstream_host)}',
         f',"attempts":{r.attempts},"carrier":{_value(r.carrier)},"reason":{_value(r.reason)}'
         f',"user_agent":{_value(r.user_agent)},"x_forwarded_for":{_value(r.x_forwarded_for)}}}\n',
     )
