@@ -212,6 +212,11 @@ class Ground:
         assert service_id is not None
         return self.plane.connections()[int.from_bytes(service_id, "little")]
 
+    def origin(self, netns: int, address: str, port: int) -> abi.FlowValue | None:
+        """What the kernel says about a connection that came from there; None when no connect hook led it."""
+        raw = self.plane.maps["flows"].lookup(bytes(abi.FlowKey(netns, abi.pack_address(address), port)))
+        return None if raw is None else abi.FlowValue.from_buffer_copy(raw)
+
     def proxy(self, port: int, beat: bool = True) -> None:
         """Say where the proxy listens, and that it lives right now."""
         self.plane.set_agent(port, 0)
