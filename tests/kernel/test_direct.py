@@ -89,8 +89,9 @@ def test_an_endpoint_that_drains_here_serves_there(ground: Ground, listeners: li
 def test_no_endpoint_is_refused_like_a_closed_port(ground: Ground, family: int, address: str) -> None:
     ground.attach(mesh(service("orders", ADDRESS)))
     before = ground.reasons().get("no_endpoint", 0)
-    with pytest.raises(ConnectionRefusedError):
-        ground.connect(address, family=family)
+    with ground.client(family) as sock, pytest.raises(ConnectionRefusedError):
+        sock.settimeout(None)  # a connect() that blocks
+        sock.connect((address, 80))
     with ground.client(family) as sock:
         sock.setblocking(False)
         assert sock.connect_ex((address, 80)) in (errno.EINPROGRESS, errno.ECONNREFUSED)
