@@ -1,0 +1,62 @@
+"""Model values through JSON and back: for the state file, the workers and `-o json`."""
+
+from __future__ import annotations
+
+import json
+from types import MappingProxyType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshbpf import wire
+from meshbpf.model import Endpoint, EndpointState, Mesh, OnProxyDown, Port, Protocol, Service, ServicePolicy
+
+text = st.text("abcxyz0-", min_size=1, max_size=5)
+ports = st.builds(Port, text, st.integers(1, 65535), st.sampled_from(Protocol))
+endpoints = st.builds(
+    Endpoint,
+    text,
+    st.dictionaries(text, st.integers(1, 65535), max_size=2),
+    labels=st.dictionaries(text, text, max_size=2),
+    state=st.sampled_from(EndpointState),
+)
+services = st.builds(
+    Service, text, text, addresses=st.lists(text, max_size=2).map(tuple), ports=st.lists(ports, max_size=2).map(tuple),
+    endpoints=st.lists(endpoints, max_size=2).map(tuple),
+)  # fmt: skip
+policies = st.builds(ServicePolicy, text, text, on_proxy_down=st.sampled_from(OnProxyDown))
+meshes = st.builds(
+    Mesh,
+    services=st.lists(services, max_size=3).map(tuple),
+    policies=st.dictionaries(st.tuples(text, text), policies, max_size=2),
+    generation=st.integers(0, 1 << 40),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(meshes)
+def test_a_mesh_comes_back_equal(mesh: Mesh) -> None:
+    assert wire.decode(Mesh, json.loads(json.dumps(wire.encode(mesh)))) == mesh
+
+
+def test_what_comes_back_is_frozen() -> None:
+    mesh = Mesh(policies={("a", "default"): ServicePolicy()})
+    decoded = wire.decode(Mesh, wire.encode(mesh))
+    assert isinstance(decoded.policies, MappingProxyType)
+    assert isinstance(decoded.services, tuple)
+    assert hash(decoded.agent) == hash(mesh.agent)
+
+
+def test_plain_values_and_keys() -> None:
+    assert wire.encode({("orders", "shop"): Protocol.HTTP2}) == {"orders/shop": "http2"}
+    assert wire.encode((1, "a", None, 2.5)) == [1, "a", None, 2.5]
+    assert wire.decode(int | None, None) is None  # type: ignore[arg-type]
+    assert wire.decode(Protocol | None, "tcp") is Protocol.TCP  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [{"nonsense": 1}, {"protocol": "smoke signals"}])
+def test_another_shape_is_an_error(data: dict[str, object]) -> None:
+    whole = {**wire.encode(Port("a", 1)), **data}
+    with pytest.raises((KeyError, ValueError)):
+        wire.decode(Port, whole)
