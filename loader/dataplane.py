@@ -265,7 +265,8 @@ def _drop_stale(instance: Instance, cgroups: Sequence[Path], layout: str) -> Non
 
 def _remove_tables(folder: Path) -> list[str]:
     """The command program goes first: whoever finds the rest without it knows that the table is drained."""
-    redirect.drain(folder)
+    with contextlib.suppress(DataplaneError):  # of another version, or half taken apart: it must go all the same
+        redirect.drain(folder)
     pins = sorted(folder.iterdir(), key=lambda pin: (pin.name != redirect.COMMAND, pin.name))
     for pin in pins:
         pin.unlink()
@@ -331,7 +332,8 @@ def detach(instance: Instance) -> list[str]:
         with contextlib.suppress(OSError):  # another instance lives beside us
             instance.pins.parent.rmdir()
     if instance.run.is_dir():
-        shutil.rmtree(instance.run)
+        with contextlib.suppress(OSError):  # somebody who waits for our lock makes it anew
+            shutil.rmtree(instance.run)
         removed.append(f"run directory {instance.run}")
         with contextlib.suppress(OSError):
             instance.run.parent.rmdir()

@@ -87,10 +87,12 @@ class Lock:
     def __init__(self, instance: Instance) -> None:
         path = instance.run / "lock"
         while True:
-            instance.make_run()
             try:
+                instance.make_run()
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:  # a detach removed the folder just now
+            except (FileNotFoundError, FileExistsError):  # a detach is removing the folder just now
+                if instance.run.is_file():
+                    raise
                 continue
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
