@@ -27,17 +27,26 @@ def verdicts(counters: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
 
 def targets(mesh: Mesh, text: str) -> list[tuple[Service, Port]]:
     """The ports that `text` (service, or ADDRESS:PORT) means. Raises NotFound."""
-    address, colon, number = text.rpartition(":")
+    host, colon, number = text.rpartition(":")
+    address = _canonical(host.strip("[]"))
     found = []
     for service in mesh.services:
         for port in service.ports:
             by_name = text in (service.label, f"{service.name}.{service.namespace}")
-            by_address = colon and number == str(port.port) and address.strip("[]") in service.addresses
+            by_address = colon and number == str(port.port) and address in map(_canonical, service.addresses)
             if by_name or by_address:
                 found.append((service, port))
     if not found:
         raise NotFound(f"{text} is no service: a connect to it is left alone")
     return found
+
+
+def _canonical(address: str) -> str:
+    """One text for one address; what is none stays as it is."""
+    try:
+        return abi.unpack_address(abi.pack_address(address))
+    except ValueError:
+        return address
 
 
 def explain(plane: Dataplane, mesh: Mesh, text: str) -> Steps:
@@ -99,11 +108,13 @@ def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | Non
             continue
         count = shares.get(bytes(abi.EndpointValue(abi.pack_address(endpoint.address), number))[:18], 0)
         why = (
-            f"{100 * count / total:.0f}% of new connections"
+            f"{100 * count / total:.3g}% of new connections"
             if count
             else f"never picked: {endpoint.state}, weight {endpoint.weight}"
         )
         steps.append(("endpoint", f"{endpoint.address}:{number}, {why}"))
-    if not total:
+    if held is None:
+        steps.append(("verdict", "left alone: the kernel leads no connect to this port"))
+    elif not total:
         steps.append(("verdict", f"{Reason.NO_ENDPOINT.word}: {TEXT[Reason.NO_ENDPOINT]}"))
     return steps

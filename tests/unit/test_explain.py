@@ -1,0 +1,124 @@
+"""`explain` and `reasons`: what they say is what the tables say."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshbpf.cli.explain import explain, targets, verdicts
+from meshbpf.errors import NotFound
+from meshbpf.model import (
+    Balance,
+    Endpoint,
+    EndpointState,
+    LoadBalancer,
+    Mesh,
+    Mode,
+    OnProxyDown,
+    Port,
+    Protocol,
+    Service,
+    ServicePolicy,
+)
+from tests.support.plane import attached
+
+ORDERS = Service(
+    "orders",
+    addresses=("127.96.0.10", "fd00::10"),
+    ports=(Port("http", 80, Protocol.HTTP), Port("db", 5432, Protocol.TCP), Port("dns", 53, Protocol.UDP)),
+    endpoints=(
+        Endpoint("127.0.0.1", {"http": 8081, "db": 1}, weight=2),
+        Endpoint("127.0.0.2", {"http": 8081, "dns": 53}, weight=1),
+        Endpoint("127.0.0.3", {"http": 8081}, state=EndpointState.DRAINING),
+    ),
+    source="mesh.yaml:3:1",
+)
+USERS = Service("users", "shop", addresses=("127.96.0.11",), ports=(Port("http", 80, Protocol.HTTP),))
+POLICY = ServicePolicy(
+    "strict", "shop", "users", on_proxy_down=OnProxyDown.REFUSE, load_balancer=LoadBalancer(Balance.RANDOM),
+    source="mesh.yaml:9:1",
+)  # fmt: skip
+MESH = Mesh(services=(ORDERS, USERS), policies={("users", "shop"): POLICY})
+
+
+def said(text: str, mesh: Mesh = MESH) -> list[tuple[str, str]]:
+    return explain(attached(mesh)[1], mesh, text)
+
+
+def test_a_governed_port_step_by_step() -> None:
+    assert said("127.96.0.10:80") == [
+        ("service", "orders port http (80/http), from mesh.yaml:3:1"),
+        ("address", "127.96.0.10:80, known to the kernel"),
+        ("address", "fd00::10:80, known to the kernel"),
+        ("policy", "defaults, no ServicePolicy names it"),
+        ("carrier", "proxy: protocol_http"),
+        ("proxy down", "onProxyDown direct: led to an endpoint, ungoverned"),
+        ("balance", "LEAST_REQUEST, by weight"),
+        ("endpoint", "127.0.0.1:8081, 66.7% of new connections"),
+        ("endpoint", "127.0.0.2:8081, 33.3% of new connections"),
+        ("endpoint", "127.0.0.3:8081, never picked: draining, weight 100"),
+    ]
+
+
+def test_a_direct_port_says_what_becomes_of_least_request() -> None:
+    steps = said("127.96.0.10:5432")
+    assert ("carrier", "direct: protocol_tcp") in steps
+    assert any(step == "balance" and says.startswith("ROUND_ROBIN by weight: in direct") for step, says in steps)
+    assert ("endpoint", "127.0.0.2: has no port db, never picked") in steps
+    assert "proxy down" not in dict(steps)
+
+
+def test_no_endpoint_and_a_policy() -> None:
+    steps = dict(said("users.shop"))
+    assert steps["policy"] == "policy strict, from mesh.yaml:9:1"
+    assert steps["proxy down"] == "onProxyDown refuse: refused"
+    assert steps["balance"] == "RANDOM"
+    assert steps["verdict"].startswith("no_endpoint: ")
+
+
+def test_what_the_kernel_does_not_lead_is_left_alone() -> None:
+    steps = dict(said("127.96.0.10:53"))
+    assert "NOT known to the kernel" in steps["address"]
+    assert steps["verdict"] == "left alone: the kernel leads no connect to this port"
+
+
+def test_what_was_taken_out_of_the_kernel_is_seen() -> None:
+    plane, reader = attached(MESH)
+    plane.forget("127.96.0.10", 80)
+    steps = explain(reader, MESH, "127.96.0.10:80")
+    assert ("address", "127.96.0.10:80, NOT known to the kernel: connects to it are left alone") in steps
+    assert ("address", "fd00::10:80, known to the kernel") in steps
+
+
+@pytest.mark.parametrize(
+    ("text", "ports"),
+    [
+        ("orders", ["http", "db", "dns"]),
+        ("orders.default", ["http", "db", "dns"]),
+        ("127.96.0.10:80", ["http"]),
+        ("[fd00::10]:5432", ["db"]),
+        ("[fd00:0:0::0010]:5432", ["db"]),
+        ("users.shop", ["http"]),
+    ],
+)
+def test_what_a_target_may_be(text: str, ports: list[str]) -> None:
+    assert [port.name for _service, port in targets(MESH, text)] == ports
+
+
+@pytest.mark.parametrize("text", ["users", "127.96.0.10", "127.96.0.10:81", "nobody:80", ":80", ""])
+def test_what_is_no_service(text: str) -> None:
+    with pytest.raises(NotFound, match="a connect to it is left alone"):
+        targets(MESH, text)
+
+
+def test_direct_mode_by_policy() -> None:
+    policy = ServicePolicy("p", "shop", "users", mode=Mode.DIRECT)
+    steps = dict(said("users.shop", Mesh(services=(USERS,), policies={("users", "shop"): policy})))
+    assert steps["carrier"] == "direct: policy_mode_direct"
+
+
+def test_verdicts_are_sorted_and_spelled_out() -> None:
+    rows = verdicts({("sockops", "opened"): 3, ("connect", "direct"): 3, ("connect", "proxy"): 9})
+    assert [(row["program"], row["reason"], row["count"]) for row in rows] == [
+        ("connect", "proxy", 9), ("connect", "direct", 3), ("sockops", "opened", 3),
+    ]  # fmt: skip
+    assert rows[1]["text"] == "connection led straight to an endpoint"
