@@ -130,7 +130,9 @@ class Agent:
         if self._stop.is_set():
             return
         self.plane.set_agent(self._port, self._exempt)
-        self._events = Events(self.plane.maps_folder / "events", lambda event: self.namespaces.serve_process(event.pid))
+        self._events = Events(
+            self.plane.maps_folder / "events", lambda event: self.namespaces.serve_caller(event.pid, event.netns)
+        )
         loop.add_reader(self._events.fileno(), self._events.read)
         self._scanner = spawn(self._scan(), "scan namespaces")
         self._trial = spawn(self._accelerate(), "try acceleration")

@@ -49,6 +49,20 @@ def _listen(family: int, address: str, port: int) -> socket.socket:
     return sock
 
 
+def cookie_of(path: str) -> int | None:
+    """How the kernel programs name the namespace at `path`; None when it is gone or may not be entered."""
+    fd = netns.opened(path)
+    if fd is None:
+        return None
+    try:
+        with netns.inside(fd), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            return dataplane.netns_cookie(probe)
+    except (OSError, DataplaneError):
+        return None
+    finally:
+        os.close(fd)
+
+
 def serve(fd: int, port: int) -> Served:
     """Open our listeners in the namespace `fd` (which becomes ours to close). Raises Busy when the port is taken."""
     served = Served(netns.identity(fd), fd, 0)

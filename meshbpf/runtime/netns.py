@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,12 +65,33 @@ def processes(cgroups: Sequence[Path]) -> Iterator[int]:
             yield from (int(line) for line in text.split() if line != "0")
 
 
-def of_process(pid: int) -> int | None:
-    """A descriptor of the process's namespace; None when the process is gone."""
+def opened(path: str) -> int | None:
+    """A descriptor of the namespace; None when it, or the process in whose name it was asked for, is gone."""
     try:
-        return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def of_process(pid: int) -> str:
+    return f"/proc/{pid}/ns/net"
+
+
+def living() -> dict[tuple[int, int], str]:
+    """identity → a path to it, for every namespace that a process is in or that a mount keeps (`ip netns add`)."""
+    paths = [of_process(int(name)) for name in os.listdir("/proc") if name.isdigit()]
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[3].startswith("net:["):
+            paths.append(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4]))
+    found: dict[tuple[int, int], str] = {}
+    for path in paths:
+        try:
+            stat = os.stat(path)
+        except OSError:
+            continue  # it ended meanwhile
+        found.setdefault((stat.st_dev, stat.st_ino), path)
+    return found
 
 
 def in_use(cgroups: Sequence[Path]) -> dict[tuple[int, int], int]:
@@ -77,7 +99,7 @@ def in_use(cgroups: Sequence[Path]) -> dict[tuple[int, int], int]:
     found: dict[tuple[int, int], int] = {}
     for pid in processes(cgroups):
         try:
-            stat = os.stat(f"/proc/{pid}/ns/net")
+            stat = os.stat(of_process(pid))
         except OSError:
             continue
         found.setdefault((stat.st_dev, stat.st_ino), pid)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -27,8 +31,13 @@ def served(machine: Machine) -> int:
     return int(machine.agent_says()["namespaces"])
 
 
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def sockets(pid: int) -> Counter[str]:
+    """How many sockets, and which namespaces, the process holds."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return Counter(re.sub("socket:.*", "socket", each) for each in found if each.startswith(("socket:", "net:")))
 
 
 @pytest.mark.parametrize("mode", ["direct", "proxy"])
@@ -94,7 +103,7 @@ def test_a_namespace_that_dies_under_load_is_let_go(machine: Machine) -> None:
     agent = machine.run_agent()
     assert machine.curl(URL)["endpoint"] == "home"
     (worker,) = machine.agent_says()["worker_pids"]
-    before = {pid: descriptors(pid) for pid in (agent.pid, worker)}
+    before = {pid: sockets(pid) for pid in (agent.pid, worker)}
 
     mortal = machine.netns(f"{machine.instance.name}-m")
     assert machine.quick("mortal", port=port, netns=mortal) == port
@@ -108,8 +117,23 @@ def test_a_namespace_that_dies_under_load_is_let_go(machine: Machine) -> None:
     machine.remove_netns(mortal)
     machine.until_logged("namespace left", logged)
     assert served(machine) == 1
-    for pid, count in before.items():
-        until(lambda pid=pid, count=count: descriptors(pid) <= count, "as many descriptors as before")
+    for pid, held in before.items():
+        until(lambda pid=pid, held=held: not sockets(pid) - held, f"more than {held}")
     assert machine.agent_says()["worker_pids"] == [worker]
     assert machine.log()[logged:].count("\n") < 10, machine.log()[logged:]
     assert machine.curl(URL)["endpoint"] == "home"
+
+
+def test_a_caller_that_has_gone_again_still_gets_its_namespace_served(machine: Machine) -> None:
+    """Refused callers end at once. While the agent is busy, here stopped, every one of them is gone before it looks."""
+    machine.configure(service("orders", ADDRESS, [machine.quick("here")]), policy("orders", onProxyDown="refuse"))
+    agent = machine.run_agent()
+    newcomer = machine.netns(f"{machine.instance.name}-n")
+    agent.send_signal(signal.SIGSTOP)
+    assert machine.client("curl", "-sS", "--max-time", "5", URL, netns=newcomer).returncode == 7
+    agent.send_signal(signal.SIGCONT)
+    machine.until_logged("serving namespace")
+    done = machine.client(
+        "curl", "-sS", "--max-time", "5", "-o", "/dev/null", "-w", "%{http_code}", URL, netns=newcomer
+    )
+    assert done.stdout == "503"  # governed; nobody listens on 127.0.0.1 in there
