@@ -108,7 +108,8 @@ class Agent:
 
     async def attach(self) -> None:
         """Attach or upgrade, and open the pins for writing; the caller holds the lock."""
-        await asyncio.gather(*(orphan.use(self.mesh) for orphan in self._orphans))
+        about = {**self._about(self.mesh, layout=""), "redirect": False}  # they keep their layout, and soon end
+        await asyncio.gather(*(orphan.use(about) for orphan in self._orphans))
         dataplane.attach(self.options.instance, self.options.cgroups, self.mesh)
         opened = dataplane.open_pins(self.options.instance)
         assert opened is not None
@@ -194,16 +195,18 @@ class Agent:
         return replace(mesh, agent=kept)
 
     def _tell_workers(self, mesh: Mesh) -> None:
+        self.supervisor.use(self._about(mesh, self.plane.layout))
+
+    def _about(self, mesh: Mesh, layout: str) -> dict[str, Any]:
+        """All that a worker has to know."""
         home = next(s for s in self.namespaces.served.values() if s.identity == self.namespaces.home)
-        self.supervisor.use(
-            {
-                "mesh": wire.encode(mesh),
-                "layout": self.plane.layout,
-                "cgroups": [str(path) for path in self.options.cgroups],
-                "cookie": home.cookie,
-                "redirect": self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF,
-            }
-        )
+        return {
+            "mesh": wire.encode(mesh),
+            "layout": layout,
+            "cgroups": [str(path) for path in self.options.cgroups],
+            "cookie": home.cookie,
+            "redirect": self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF,
+        }
 
     async def _accelerate(self) -> None:
         """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from loader.instance import Instance
-from meshbpf import wire
-from meshbpf.model import Mesh
 from meshbpf.runtime.channel import Channel
 
 log = logging.getLogger("orphans")
@@ -55,10 +53,11 @@ class Orphan:
             return False
         return not self._gone.is_set()
 
-    async def use(self, mesh: Mesh) -> None:
-        """Serve `mesh` until the end: the kernel will lead callers of its new services to it too."""
-        self._channel.send({"type": "mesh"}, blob={"mesh": wire.encode(mesh)})
-        await self.says("using")
+    async def use(self, about: dict[str, Any]) -> None:
+        """Serve this mesh until the end: the kernel will lead callers of its new services to it too."""
+        self._channel.send({"type": "mesh"}, blob=about)
+        if not await self.says("using"):
+            log.warning("an earlier worker does not take the new mesh: it serves the last one pid=%d", self.pid)
 
     async def hand_over(self) -> list[tuple[int, list[int]]]:
         """(namespace, [its descriptor, listeners…]) for each namespace it serves; the descriptors become ours."""

@@ -67,6 +67,8 @@ def test_a_new_agent_brings_a_new_service_and_other_table_sizes(machine: Machine
     assert machine.curl("http://127.96.0.11/")["endpoint"] == "a"
     result = load.stop()
     assert not failures(result), result
+    assert "does not take the new mesh" not in machine.log()
+    assert "died" not in machine.log() and "Traceback" not in machine.log()
 
 
 def test_a_hanging_orphan_does_not_keep_the_next_agent_away(machine: Machine) -> None:
