@@ -23,7 +23,7 @@ KEYS = (
 _AWKWARD = re.compile(r'[\\"\x00-\x1f]|[^\x20-\x7e]')
 _NULL = "null"
 NONE = "-"
-MAX_COMMON = 4096
+MAX_COMMON, MAX_COMMON_SIZE = 4096, 1024  # entries, and characters of one: 4 MiB at most
 _COMMON: dict[tuple[object, ...], tuple[str, str, str, str]] = {}
 
 
@@ -66,9 +66,12 @@ def json_line(record: Record, seconds: Seconds) -> str:
     )  # fmt: skip
     common = _COMMON.get(key)
     if common is None:
-        if len(_COMMON) >= MAX_COMMON:
-            _COMMON.clear()
-        common = _COMMON[key] = _fragments(r)
+        common = _fragments(r)
+        # Most of it a caller can choose: long values are not worth the memory that a hostile one could take.
+        if sum(map(len, common)) <= MAX_COMMON_SIZE:
+            if len(_COMMON) >= MAX_COMMON:
+                _COMMON.clear()
+            _COMMON[key] = common
     before_path, before_bytes, host, end = common
     request_id, path, remote = r.request_id, r.path, r.downstream_remote
     if request_id is not None and path is not None and _plain(f"{request_id}{path}{remote}"):

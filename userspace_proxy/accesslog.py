@@ -30,6 +30,20 @@ WARN_EVERY = 10.0
 log = logging.getLogger("accesslog")
 
 
+FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def check(settings: AccessLogSettings) -> None:
+    """Raises ConfigError when a worker could not write there, before any worker is started."""
+    if settings.path in ("/dev/stdout", "/dev/stderr"):
+        return
+    try:
+        os.close(os.open(settings.path, FLAGS, 0o640))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a FIFO without reader yet
+            raise ConfigError("Agent.spec.accessLog.path", f"cannot open {settings.path}: {error.strerror}") from error
+
+
 class AccessLog:
     """`lost` is told ("accesslog", lines) whenever lines are dropped. ConfigError when the path cannot be opened."""
 
@@ -150,14 +164,13 @@ class AccessLog:
                 log.warning("cannot write path=%s error=%r", self._path, error.strerror)
 
     def _open(self) -> None:
-        # Our own open file description, so that O_NONBLOCK is nobody else's business: stdout is shared with others.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        # Our own open file description (FLAGS), so that O_NONBLOCK is nobody else's business: stdout is shared.
         if self._path == "/dev/stdout" and stat.S_ISREG(os.fstat(1).st_mode):
             # `meshbpf run > FILE 2>&1`: with a position of our own we would write over the agent's log.
             self._fd, self._socket, self._regular = os.dup(1), None, True
             return
         try:
-            self._fd, self._socket = os.open(self._path, flags, 0o640), None
+            self._fd, self._socket = os.open(self._path, FLAGS, 0o640), None
         except OSError as error:
             if error.errno != errno.ENXIO or self._path != "/dev/stdout" or not stat.S_ISSOCK(os.fstat(1).st_mode):
                 raise

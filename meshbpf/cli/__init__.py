@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -28,3 +29,8 @@ def main() -> None:
     except MeshError as error:
         print(f"meshbpf: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        print(f"meshbpf: cannot write the output: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -18,7 +18,7 @@ from meshbpf import logs
 from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
-from meshbpf.errors import EnvironmentLack, MeshError
+from meshbpf.errors import EnvironmentLack, MeshError, NotFound
 from meshbpf.runtime import cgroup
 
 
@@ -92,8 +92,8 @@ def execute(
             lack = f"may not read instance {instance}"
             raise EnvironmentLack(lack, "run as root (sudo), or name --cgroup") from error
         if not named:
-            raise EnvironmentLack(
-                f"instance {instance} is not attached", "meshbpf attach --cgroup PATH -c FILE, or name --cgroup"
+            raise NotFound(
+                f"instance {instance} is not attached\n  remedy: meshbpf attach --cgroup PATH -c FILE, or name --cgroup"
             )
         target = Path(named[0])
     else:

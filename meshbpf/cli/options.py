@@ -10,7 +10,7 @@ import typer
 
 from loader import environment
 from loader.instance import Instance
-from meshbpf.errors import EnvironmentLack
+from meshbpf.errors import MeshError
 
 Cgroups = Annotated[
     list[Path],
@@ -25,8 +25,21 @@ Config = Annotated[
         envvar="MESHBPF_CONFIG",
     ),
 ]
+
+
+def _instance_name(value: str) -> str:
+    try:
+        Instance(value)
+    except MeshError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
 InstanceName = Annotated[
-    str, typer.Option("--instance", help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE")
+    str,
+    typer.Option(
+        "--instance", callback=_instance_name, help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE"
+    ),
 ]
 AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
 Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml")]
@@ -64,11 +77,3 @@ def below_mount(path: Path) -> Path:
 def cgroups(paths: list[Path], allow_root: bool) -> tuple[Path, ...]:
     """Checked cgroup directories, each once. Raises EnvironmentLack with the remedy."""
     return tuple(dict.fromkeys(environment.check_cgroup(below_mount(path), allow_root) for path in paths))
-
-
-def attached(name: str) -> Instance:
-    """The instance, which must be attached (by anybody: reading needs no agent)."""
-    instance = Instance(name)
-    if not instance.pins.is_dir():
-        raise EnvironmentLack(f"instance {name} is not attached", "meshbpf attach --cgroup PATH -c FILE")
-    return instance

@@ -18,7 +18,7 @@ from loader.instance import Instance
 from meshbpf.cli import ask, output, view
 from meshbpf.cli import explain as explaining
 from meshbpf.cli.options import InstanceName, Output
-from meshbpf.errors import EnvironmentLack
+from meshbpf.errors import NotFound
 from meshbpf.model import Mesh
 from meshbpf.schema.files import load
 
@@ -29,13 +29,13 @@ def register(app: typer.Typer) -> None:
 
 
 def opened(name: str) -> tuple[Instance, Dataplane, Mesh]:
-    """The attached instance, for reading. Raises EnvironmentLack when nothing is attached, or we may not read it."""
+    """The attached instance, for reading. Raises NotFound: nothing attached; EnvironmentLack: may not."""
     if os.geteuid() != 0:
         environment.require_capabilities()
     instance = Instance(name)
     found = dataplane.open_pins(instance)
     if found is None:
-        raise EnvironmentLack(f"instance {name} is not attached", "meshbpf attach --cgroup PATH -c FILE")
+        raise NotFound(f"instance {name} is not attached\n  remedy: meshbpf attach --cgroup PATH -c FILE")
     return instance, *found
 
 

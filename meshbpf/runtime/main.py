@@ -19,6 +19,7 @@ from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
 from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
+from userspace_proxy import accesslog
 
 
 def own_ports(mesh: Mesh) -> frozenset[int]:
@@ -30,6 +31,7 @@ def own_ports(mesh: Mesh) -> frozenset[int]:
 async def serve(options: Options, paths: Sequence[Path]) -> None:
     """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
     configured = load(paths)
+    accesslog.check(configured.agent.access_log)
     with options.instance.lock():
         rules = Rules(
             own_ports=own_ports(configured),

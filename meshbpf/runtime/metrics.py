@@ -89,7 +89,7 @@ class Metrics:
             "acceleration": f"{agent.acceleration} ({agent.acceleration_why})",
             "generation": agent.mesh.generation,
             "sources": self._sources.report(),
-            "error": agent.apply_error,
+            "error": agent.apply_error or agent.supervisor.trouble,
             "namespaces": len(agent.namespaces.served),
             "endpoints": self._endpoints(),
         }

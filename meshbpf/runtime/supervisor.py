@@ -36,6 +36,7 @@ class Handle:
     process: asyncio.subprocess.Process
     channel: Channel | None = None
     generation: int = -1
+    trouble: str = ""  # what of the newest mesh it could not follow
     started: float = 0.0
     silent: int = 0  # ticks since its last word, counted from its first one
     spoken: bool = False
@@ -61,6 +62,11 @@ class Supervisor:
         """Workers that serve the newest mesh."""
         wanted = self._about["mesh"]["generation"] if self._about else 0
         return sum(1 for handle in self._handles.values() if handle.generation >= wanted)
+
+    @property
+    def trouble(self) -> str:
+        """What a worker could not follow of the newest mesh; empty when all is well."""
+        return next((handle.trouble for handle in self._handles.values() if handle.trouble), "")
 
     @property
     def pids(self) -> list[int]:
@@ -134,6 +140,9 @@ class Supervisor:
         handle.silent, handle.spoken = 0, True
         if kind == "using":
             handle.generation = int(message["generation"])
+            if message["trouble"] and message["trouble"] != handle.trouble:
+                log.error("worker keeps its old setting pid=%d error=%s", handle.process.pid, message["trouble"])
+            handle.trouble = message["trouble"]
             self._changed()
         elif kind == "stats":
             self._report(f"{handle.number}-{handle.process.pid}", message["blob"])

@@ -31,7 +31,7 @@ from loader.instance import Instance
 from loader.redirect import Redirector
 from meshbpf import logs, wire
 from meshbpf.accesslog_format import wanted
-from meshbpf.errors import DataplaneError
+from meshbpf.errors import ConfigError, DataplaneError
 from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
 from meshbpf.record import Record
 from meshbpf.runtime import netns
@@ -144,11 +144,7 @@ class Worker:
             self._beat()
             self._report_later()
         assert self._proxy is not None
-        if self._access_log is None or self._log_settings != mesh.agent.access_log:
-            if self._access_log is not None:
-                self._access_log.close()
-            self._log_settings = mesh.agent.access_log
-            self._access_log = AccessLog(self._log_settings, self._loop, self._stats.lost)
+        trouble = self._log_to(mesh.agent.access_log)
         # Most services log everything: only those that sample are asked about.
         self._sampling = {
             service.label: policy.access_log
@@ -160,7 +156,22 @@ class Worker:
         self._proxy.use(mesh)
         self._drain_seconds = mesh.agent.proxy.drain
         if self._channel is not None:
-            self._channel.send({"type": "using", "generation": mesh.generation})
+            self._channel.send({"type": "using", "generation": mesh.generation, "trouble": trouble})
+
+    def _log_to(self, settings: AccessLogSettings) -> str:
+        """Write the access log as `settings` say; why not, when that cannot be: then the log before goes on."""
+        if self._access_log is not None and self._log_settings == settings:
+            return ""
+        try:
+            opened = AccessLog(settings, self._loop, self._stats.lost)
+        except ConfigError as error:
+            if self._access_log is None:
+                raise
+            return str(error)
+        if self._access_log is not None:
+            self._access_log.close()
+        self._access_log, self._log_settings = opened, settings
+        return ""
 
     def _redirect(self, wanted: bool) -> None:
         """New connections may join the redirect table, or may no longer; those inside stay until they leave."""

@@ -154,3 +154,17 @@ def test_a_full_table_keeps_the_last_good_mesh(machine: Machine) -> None:
     assert "maps.slots" in machine.show("status")["error"]
     assert machine.curl(URL)["endpoint"] == "a"
     assert machine.client("curl", "-sS", "http://127.96.0.11/").returncode == 7
+
+
+def test_a_log_that_cannot_be_opened_keeps_the_last_one(machine: Machine) -> None:
+    """The rest of the new mesh is followed, status says what is not."""
+    first, second = machine.endpoint("a"), machine.endpoint("b")
+    machine.configure(service("orders", "127.96.0.10", [first]))
+    machine.run_agent()
+    assert machine.curl("http://127.96.0.10/")["endpoint"] == "a"
+    machine.records(1)
+    machine.agent_spec["accessLog"] = {"format": "json", "path": str(machine.folder / "missing" / "access.log")}
+    machine.configure(service("orders", "127.96.0.10", [second]))
+    until(lambda: "accessLog.path" in machine.show("status")["error"], "status names the setting")
+    assert machine.curl("http://127.96.0.10/")["endpoint"] == "b"
+    assert len(machine.records(2)) == 2

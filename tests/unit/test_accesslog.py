@@ -371,3 +371,23 @@ asyncio.run(main())
     first, line, last = path.read_text().splitlines()
     assert (first, last) == ("first word of the agent", "last word of the agent")
     assert json.loads(line)["service"] == "orders"
+
+
+def test_long_values_are_not_remembered() -> None:
+    """A hostile caller chooses its user agent: what is remembered stays within some mebibytes."""
+    from meshbpf import accesslog_format
+
+    accesslog_format._COMMON.clear()
+    for count in range(100):
+        made = record(user_agent=f"{count}" + "\x80" * 60_000)
+        assert json.loads(json_line(made, Seconds()))["user_agent"] == made.user_agent
+    assert not accesslog_format._COMMON
+    json_line(record(), Seconds())
+    assert len(accesslog_format._COMMON) == 1
+
+
+def test_a_path_is_checked_before_anybody_writes(tmp_path: Path) -> None:
+    module.check(AccessLogSettings(path=str(tmp_path / "new.log")))
+    module.check(AccessLogSettings())
+    with pytest.raises(ConfigError, match="No such file"):
+        module.check(AccessLogSettings(path=str(tmp_path / "missing" / "new.log")))
