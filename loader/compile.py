@@ -53,7 +53,7 @@ def compile_and_pin(job: Job) -> dict[str, str]:
     Raises EnvironmentLack without bcc, DataplaneError with the compiler's words.
     """
     child = subprocess.run(
-        [sys.executable, "-m", "loader.compile"],
+        [sys.executable, "-P", "-m", "loader.compile"],  # -P: nothing of the working directory's
         input=json.dumps(asdict(job)),
         capture_output=True,
         text=True,

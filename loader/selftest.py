@@ -55,7 +55,7 @@ def run(name: str = "") -> tuple[Check, ...]:
 def _in_child(rig: Rig) -> tuple[Check, ...]:
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "loader.selftest", rig.instance.name],
+            [sys.executable, "-P", "-m", "loader.selftest", rig.instance.name],
             capture_output=True,
             text=True,
             check=False,

@@ -123,7 +123,7 @@ def machine() -> MachineFacts:
 @cache
 def _bcc() -> str:
     """In a child: importing it here would cost us its memory for good."""
-    child = subprocess.run([sys.executable, "-c", "import bcc"], capture_output=True, text=True, check=False)
+    child = subprocess.run([sys.executable, "-P", "-c", "import bcc"], capture_output=True, text=True, check=False)
     return "" if child.returncode == 0 else (child.stderr.strip().splitlines() or ["import bcc fails"])[-1]
 
 

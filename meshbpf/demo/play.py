@@ -91,9 +91,9 @@ class Play:
         orders, billing = f"http://{cast.ORDERS}/cart", f"http://{self._billing}/invoice"
         programs = [
             ("curl", ["curl", "-sS", "--max-time", "5", orders], orders),
-            ("python3", ["python3", "-c", urllib, billing], billing),
+            ("python3", ["python3", "-I", "-c", urllib, billing], billing),
             ("node", ["node", "-e", fetch, orders], orders),
-            ("python3", ["python3", "-c", ledger, cast.LEDGER, str(cast.TCP)], f"tcp {cast.LEDGER}:{cast.TCP}"),
+            ("python3", ["python3", "-I", "-c", ledger, cast.LEDGER, str(cast.TCP)], f"tcp {cast.LEDGER}:{cast.TCP}"),
         ]
         for name, command, target in programs:
             if shutil.which(name) is None:

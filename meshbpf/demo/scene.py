@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loader import environment
+from loader.source import BPF
 from meshbpf.demo import cast
 from meshbpf.errors import MeshError
 
@@ -24,7 +25,9 @@ SECONDS = 15.0
 # Join a cgroup ($0) and a namespace ($1), then become the program. No preexec_fn: we have threads, and a fork of them
 # that runs Python may wait for ever for a lock that nobody holds any more.
 ENTER = 'echo $$ >"$0" && net=$1 && shift && exec nsenter --net="$net" -- "$@"'
-MESHBPF = (sys.executable, "-m", "meshbpf.cli")
+# Children import us wherever we lie, and with -P nothing that lies in the working directory.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(BPF.parent)}
+MESHBPF = (sys.executable, "-P", "-m", "meshbpf.cli")
 
 
 def free_port(wanted: int) -> int:
@@ -69,7 +72,7 @@ class Scene:
         """Start `command` in the part's namespace, and in its cgroup if `in_mesh`."""
         procs = str(self.top / part / "cgroup.procs") if in_mesh else "/dev/null"
         enter = ["sh", "-c", ENTER, procs, f"/run/netns/{cast.namespace(part)}"]
-        process = subprocess.Popen([*enter, *command], text=True, start_new_session=True, **options)
+        process = subprocess.Popen([*enter, *command], text=True, start_new_session=True, env=ENVIRONMENT, **options)
         self.processes.append(process)
         return process
 
@@ -88,19 +91,19 @@ class Scene:
     def load(self, url: str, count: int, keep: bool = False, in_mesh: bool = True) -> dict[str, Any]:
         more = ["keep"] if keep else []
         answer: dict[str, Any] = json.loads(
-            self.call("web", sys.executable, "-m", "meshbpf.demo.caller", url, str(count), *more, in_mesh=in_mesh)
+            self.call("web", sys.executable, "-P", "-m", "meshbpf.demo.caller", url, str(count), *more, in_mesh=in_mesh)
         )
         return answer
 
     def service(self, part: str, kind: str, port: int) -> subprocess.Popen[str]:
         """Start a small service; `listening` is awaited by `said`."""
-        command = [sys.executable, "-m", "meshbpf.demo.apps", kind, part, cast.PARTS[part], str(port)]
+        command = [sys.executable, "-P", "-m", "meshbpf.demo.apps", kind, part, cast.PARTS[part], str(port)]
         return self.popen(part, command, stdout=subprocess.PIPE)
 
     def registered(self, part: str, service: str, kind: str, port: int) -> subprocess.Popen[str]:
         """Start it under `meshbpf register`, which puts it into the agent's registry once it accepts connections."""
         address = cast.PARTS[part]
-        program = [sys.executable, "-m", "meshbpf.demo.apps", kind, part, address, str(port)]
+        program = [sys.executable, "-P", "-m", "meshbpf.demo.apps", kind, part, address, str(port)]
         options = ["--port", f"{kind}={port}/{kind}", "--address", address, "--instance", cast.INSTANCE]
         command = [*MESHBPF, "register", service, *options, "--", *program]
         return self.popen(part, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -109,7 +112,12 @@ class Scene:
         """`meshbpf run` until it says that it is ready. Its words go to the log file."""
         command = [*MESHBPF, "run", "--cgroup", cast.CGROUP, "-c", str(cast.CONFIG), "--instance", cast.INSTANCE]
         self.agent = subprocess.Popen(
-            command, text=True, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command,
+            text=True,
+            start_new_session=True,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         self.processes.append(self.agent)
         assert self.agent.stderr is not None
@@ -119,7 +127,7 @@ class Scene:
     def show(self, *arguments: str) -> str:
         """What a reading command prints."""
         command = [*MESHBPF, *arguments, "--instance", cast.INSTANCE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, env=ENVIRONMENT)
         if done.returncode != 0:
             raise MeshError(f"meshbpf {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip()}")
         return done.stdout.rstrip()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loader.instance import Instance
+from loader.source import BPF
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.listeners import Served
 from meshbpf.tasks import spawn
@@ -113,9 +114,10 @@ class Supervisor:
     async def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "meshbpf.runtime.worker", self._instance.name, str(theirs.fileno()),
+            sys.executable, "-P", "-m", "meshbpf.runtime.worker", self._instance.name, str(theirs.fileno()),
             json.dumps(self._log_options),
             pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": str(BPF.parent)},  # -P: nothing of the working directory's
             start_new_session=True,  # a Ctrl-C is for the agent, which then drains us
         )  # fmt: skip
         theirs.close()
