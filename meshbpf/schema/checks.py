@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshbpf.model import Agent, Mode, Protocol
+from meshbpf.model import Agent, Protocol
 from meshbpf.schema import addresses
 from meshbpf.schema.agent import AgentDocument
 from meshbpf.schema.fields import meant
@@ -99,16 +99,9 @@ def _policies(
             )
         elif (named := names.setdefault((policy.name, policy.namespace), document)) is not document:
             report.add(document.at, f"policy {policy.name} is defined twice, first at {named.at}: rename one")
-        service = known.get(policy.service_id)
-        if service is None:
-            if complete:
-                hint = _near(policy.service, policy.namespace, known)
-                report.add(document.service_at, f"no service {policy.service} in namespace {policy.namespace}: {hint}")
-        elif policy.mode is Mode.PROXY and any(port.protocol is Protocol.UDP for port in service.service.ports):
-            message = (
-                f"service {policy.service} has a udp port, which the proxy does not carry: use mode auto or direct"
-            )
-            report.add(document.mode_at, message)
+        if policy.service_id not in known and complete:
+            hint = _near(policy.service, policy.namespace, known)
+            report.add(document.service_at, f"no service {policy.service} in namespace {policy.namespace}: {hint}")
 
 
 def _near(name: str, namespace: str, known: dict[tuple[str, str], ServiceDocument]) -> str:

@@ -163,14 +163,15 @@ class Fields:
         return seconds
 
     def word(self, key: str, default: E) -> E:
-        """One of the words of an enum; the default says which enum."""
+        """One of the words of an enum, without those for later; the default says which enum."""
         value = self.value(key)
         if value is None:
             return default
-        words = [str(word) for word in type(default)]
+        slot = self._slot(key)
+        words = [str(word) for word in type(default) if f"{slot}={word}" not in later.FIELDS]
         if value in words:
             return type(default)(value)
-        if (what := later.FIELDS.get(f"{self._slot(key)}={value}")) is not None:
+        if (what := later.FIELDS.get(f"{slot}={value}")) is not None:
             self.report.add(self.where(key), later.refusal(what, f"use one of {', '.join(words)}"))
         else:
             self.wrong(key, f"one of {', '.join(words)}")

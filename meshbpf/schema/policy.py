@@ -26,7 +26,6 @@ class PolicyDocument:
     policy: ServicePolicy
     at: Mark
     service_at: Mark
-    mode_at: Mark
 
 
 def read(document: Fields) -> PolicyDocument:
@@ -54,7 +53,7 @@ def read(document: Fields) -> PolicyDocument:
         access_log=_access_log(spec.below("accessLog")),
         source=str(at),
     )
-    return PolicyDocument(policy, at, spec.where("service"), spec.where("mode"))
+    return PolicyDocument(policy, at, spec.where("service"))
 
 
 def _connection_pool(fields: Fields) -> ConnectionPool:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from meshbpf.model import Endpoint, Port, Protocol, Service
+from meshbpf.model import Agent, Endpoint, Port, Protocol, Service
 from meshbpf.schema import addresses
 from meshbpf.schema.fields import Fields, meant, shown
 from meshbpf.yamlpos import Mark
 
 _LARGEST_WEIGHT = 10_000
 _LARGEST_PORT = 65_535
+_HOST = ("127.0.0.1", "::1")  # programs call their own helpers there; who calls a service would take those away
+_REMEDY = f"use one of {Agent().address_pool}, or leave addresses out and the pool gives one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,9 @@ def _addresses(spec: Fields) -> list[tuple[str, Mark]]:
     found: dict[str, Mark] = {}
     for path, value, at in spec.items("addresses"):
         if (address := _address(path, value, at, spec)) is None:
+            continue
+        if address in _HOST:
+            spec.report.add(at, f"{path} {address} is this host itself: {_REMEDY}")
             continue
         if address in found:
             spec.report.add(at, f"{path} {address} is listed twice: remove one")

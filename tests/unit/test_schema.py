@@ -205,8 +205,8 @@ def test_what_is_reserved_is_refused_and_never_ignored(field: str) -> None:
 
 
 def test_every_reserved_field_has_been_tried() -> None:
-    tried = len(RESERVED.splitlines()) + len([name for name in later.FIELDS if ".registries." in name])
-    assert tried == len(later.FIELDS)
+    elsewhere = [name for name in later.FIELDS if ".registries." in name or name == "Service.spec.ports.protocol=udp"]
+    assert len(RESERVED.splitlines()) + len(elsewhere) == len(later.FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,10 @@ PORTS = "ports: [{name: http, port: 80}]"
         (service("{ports: [{name: http, port: 65536}]}"),
          "4:35: spec.ports[0].port must be a whole number from 1 to 65535, got 65536"),
         (service("{ports: [{name: http, port: 80, protocol: HTTP}]}"),
-         '4:49: spec.ports[0].protocol must be one of http, http2, grpc, tcp, tls, udp, got "HTTP"'),
+         '4:49: spec.ports[0].protocol must be one of http, http2, grpc, tcp, tls, got "HTTP"'),
+        (service("{ports: [{name: dns, port: 53, protocol: udp}]}"),
+         "4:48: UDP, not carried yet: reserved, but this version does not enforce it "
+         "yet: use one of http, http2, grpc, tcp, tls"),
         (service("{ports: [{name: http, port: 80}, {name: http, port: 81}]}"),
          '4:47: spec.ports[1].name "http" is taken by the port at f:4:23: rename one'),
         (service("{ports: [{name: http, port: 80}, {name: web, port: 80}]}"),
@@ -338,8 +341,11 @@ PORTS = "ports: [{name: http, port: 80}]"
          '4:53: spec.addresses[0] must be written as IPv4: 10.0.0.1, got "::ffff:10.0.0.1"'),
         (service(f"{{{PORTS}, addresses: ['fe80::1%eth0']}}"),
          '4:53: spec.addresses[0] must be an address without zone, got "fe80::1%eth0"'),
-        (service(f"{{{PORTS}, addresses: ['::1', '0:0::1']}}"),
-         "4:60: spec.addresses[1] ::1 is listed twice: remove one"),
+        (service(f"{{{PORTS}, addresses: ['fd00::1', 'fd00:0::1']}}"),
+         "4:64: spec.addresses[1] fd00::1 is listed twice: remove one"),
+        (service(f"{{{PORTS}, addresses: [127.0.0.1]}}"),
+         "4:53: spec.addresses[0] 127.0.0.1 is this host itself: use one of 127.96.0.0/16, or leave addresses out and "
+         "the pool gives one"),
         (service(f"{{{PORTS}, addresses: [224.0.0.1]}}"),
          "4:53: spec.addresses[0] 224.0.0.1 is a multicast address: use an address that a host can have"),
         (service(f"{{{PORTS}, endpoints: {{}}}}"), "4:52: spec.endpoints must be a list, got a mapping"),

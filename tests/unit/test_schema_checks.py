@@ -33,8 +33,6 @@ def found(*texts: str) -> list[str]:
     return []
 
 
-UDP = "dns, port: 53, protocol: udp"
-TCP = "dns, port: 53"
 
 
 @pytest.mark.parametrize(
@@ -51,14 +49,10 @@ TCP = "dns, port: 53"
          ["b:6:27: 127.96.0.10:80 of service b.x is also service a at a:3:18: change the address or the port"]),
         ([service("a", "addresses: [127.96.0.10]"),
           service("b", "addresses: [127.96.0.10]", port="web, port: 81")], []),
-        ([service("a", "addresses: [127.96.0.10]", port=UDP), service("b", "addresses: [127.96.0.10]", port=TCP)], []),
         ([service("a", "addresses: ['fd00::1']"), service("b", "addresses: ['FD00::0:1']")],
          ["b:6:15: [fd00::1]:80 of service b is also service a at a:3:18: change the address or the port"]),
-        ([service("a", "addresses: [127.0.0.1]", port="http, port: 15001")],
-         ["a:6:15: 127.0.0.1:15001 of service a is Agent.spec.proxy.listen: use another address or port"]),
-        ([service("a", "addresses: [127.0.0.1]", port="http, port: 15006")],
-         ["a:6:15: 127.0.0.1:15006 of service a is a port of meshbpf: use another address or port"]),
-        ([service("a", "addresses: [127.0.0.1, 127.96.0.10]", port="http, port: 80")], []),
+        ([agent("{admin: {listen: 0.0.0.0:8080}}"), service("a", "addresses: [127.96.0.10]", port="http, port: 8080")],
+         ["b:6:15: 127.96.0.10:8080 of service a is Agent.spec.admin.listen: use another address or port"]),
         ([service("a", "addresses: [127.96.0.10]", port="http, port: 15001")], []),
         ([agent("{admin: {listen: '0.0.0.0:9100'}}"),
           service("a", "addresses: [127.96.0.10]", port="http, port: 9100")],
@@ -108,10 +102,7 @@ TCP = "dns, port: 53"
         ([service("a"), service("b"), policy("p", "a"), policy("p", "b")],
          ["d:3:18: policy p is defined twice, first at c:3:18: rename one"]),
         ([service("a"), service("a", namespace="x"), policy("p", "a"), policy("p", "a", namespace="x")], []),
-        ([service("dns", port=UDP), policy("p", "dns", "mode: proxy")],
-         ["b:6:9: service dns has a udp port, which the proxy does not carry: use mode auto or direct"]),
-        ([service("dns", port=UDP), policy("p", "dns", "mode: direct")], []),
-        ([service("dns", port=TCP), policy("p", "dns", "mode: proxy")], []),
+        ([service("dns"), policy("p", "dns", "mode: proxy")], []),
     ],
 )  # fmt: skip
 def test_faults_between_documents(texts: list[str], expected: list[str]) -> None:
