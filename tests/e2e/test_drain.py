@@ -39,6 +39,8 @@ def test_a_slow_request_is_finished_and_the_exit_is_clean(machine: Machine, work
     agent.send_signal(signal.SIGTERM)
     machine.until_logged("draining")
     assert machine.curl(URL)["endpoint"] == "a"  # onProxyDown: direct
+    counts = {row["reason"]: row["count"] for row in machine.show("reasons")["reasons"]}
+    assert counts["proxy_absent"] == 1 and "proxy_not_in_netns" not in counts, counts
     assert client.communicate(timeout=20)[0] == "200"
     answered = time.monotonic()
     assert agent.wait(20) == 0

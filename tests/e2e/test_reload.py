@@ -141,7 +141,8 @@ def test_settings_that_need_a_restart_stay_and_are_named(machine: Machine) -> No
     until(lambda: machine.curl(URL)["endpoint"] == "b", "the rest counts")
     said = machine.agent_says()
     assert (said["ready"], said["workers"]) == (1, 1)
-    assert machine.show("status")["maps"]
+    sizes = {fill["map"]: fill["capacity"] for fill in machine.show("status")["maps"]}
+    assert sizes["flows"] == 65536
 
 
 def test_a_full_table_keeps_the_last_good_mesh(machine: Machine) -> None:

@@ -6,7 +6,9 @@ were made here.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import signal
 import socket
@@ -43,11 +45,19 @@ class Load:
         return result
 
 
+_ports = itertools.count(os.getpid() * 16)
+
+
 def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on right now, and none that an endpoint could be given when it asks for any."""
+    while True:
+        port = 20000 + next(_ports) % 12000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
