@@ -2,12 +2,14 @@
 
 The rules: tables are full before the first hook is attached; connect hooks come last and go first, so that nothing is
 led anywhere before the rest is there; a running hook is replaced inside its link, so there is no unattached moment;
-a process killed anywhere leaves only pins of ours, which the next attach adopts and `detach` removes.
+a process killed anywhere leaves only pins of ours, which the next attach adopts and `detach` removes; tables in which
+redirected bytes are still unread stay pinned until they have been read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -25,6 +27,7 @@ from meshbpf.errors import Busy, DataplaneError, EnvironmentLack, MeshError
 from meshbpf.model import MapSizes, Mesh
 from meshbpf.reason import Reason
 
+log = logging.getLogger("dataplane")
 # hook → attach type, in the order of attaching
 CGROUP_HOOKS = {"getpeername4": 29, "getpeername6": 30, "sockops": 3, "connect4": 10, "connect6": 11}
 # table → key size, value size, per CPU
@@ -260,13 +263,23 @@ def _drop_stale(instance: Instance, cgroups: Sequence[Path], layout: str) -> Non
             pin.unlink()
     for folder in instance.pins.glob("maps-*"):
         if folder != instance.maps(layout):
-            _remove_tables(folder)
+            unread = _drain(folder)
+            if unread:
+                log.warning("earlier tables stay, %d connections hold unread bytes: attach or detach again", unread)
+            else:
+                _remove_tables(folder)
+
+
+def _drain(folder: Path) -> int:
+    """How many sockets still hold redirected bytes that nobody has read: with the tables the bytes would go."""
+    try:
+        return redirect.drain(folder)
+    except DataplaneError:  # of another version, or half taken apart: whoever is in may hold bytes
+        return redirect.members(folder)
 
 
 def _remove_tables(folder: Path) -> list[str]:
     """The command program goes first: whoever finds the rest without it knows that the table is drained."""
-    with contextlib.suppress(DataplaneError):  # of another version, or half taken apart: it must go all the same
-        redirect.drain(folder)
     pins = sorted(folder.iterdir(), key=lambda pin: (pin.name != redirect.COMMAND, pin.name))
     for pin in pins:
         pin.unlink()
@@ -298,7 +311,8 @@ def attach(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool 
             begun = True
     except (MeshError, OSError):
         if first and begun:
-            detach(instance)
+            with contextlib.suppress(Busy):  # what an earlier detach had to leave
+                detach(instance)
         raise
 
 
@@ -311,9 +325,15 @@ def open_pins(instance: Instance) -> tuple[Dataplane, Mesh] | None:
     return Dataplane(instance, state["layout"], mesh.agent.maps), mesh
 
 
-def detach(instance: Instance) -> list[str]:
-    """Remove every pin and file of the instance, connect hooks first; returns what was removed. Idempotent."""
+def detach(instance: Instance, lose_unread: bool = False) -> list[str]:
+    """Remove every pin and file of the instance, connect hooks first; returns what was removed. Idempotent.
+
+    Raises Busy when applications have not read all that was redirected to them: then only the tables that hold it are
+    left, and another detach removes them. `lose_unread` is for those whose connections are their own.
+    """
     removed: list[str] = []
+    kept: list[Path] = []
+    unread = 0
     if instance.links.is_dir():
         order = {hook: index for index, hook in enumerate(reversed(CGROUP_HOOKS))}
         for pin in sorted(instance.links.iterdir(), key=lambda pin: order.get(pin.name.split("-")[-1], 99)):
@@ -321,22 +341,35 @@ def detach(instance: Instance) -> list[str]:
             removed.append(f"link {pin.name}")
     if instance.pins.is_dir():
         for folder in instance.pins.glob("maps-*"):
-            removed += _remove_tables(folder)
+            held = _drain(folder)
+            if held and not lose_unread:
+                kept.append(folder)
+                unread += held
+            else:
+                removed += _remove_tables(folder)
         for path in sorted(instance.pins.rglob("*"), reverse=True):
+            if any(path.is_relative_to(folder) for folder in kept):
+                continue
             if path.is_dir():
                 path.rmdir()
             else:
                 path.unlink()
                 removed.append(f"program {path.name}")
-        instance.pins.rmdir()
-        with contextlib.suppress(OSError):  # another instance lives beside us
-            instance.pins.parent.rmdir()
+        if not kept:
+            instance.pins.rmdir()
+            with contextlib.suppress(OSError):  # another instance lives beside us
+                instance.pins.parent.rmdir()
     if instance.run.is_dir():
         with contextlib.suppress(OSError):  # somebody who waits for our lock makes it anew
             shutil.rmtree(instance.run)
         removed.append(f"run directory {instance.run}")
         with contextlib.suppress(OSError):
             instance.run.parent.rmdir()
+    if kept:
+        raise Busy(
+            f"instance {instance.name} leads nobody any more, but {unread} connections still hold unread bytes:"
+            " run detach again when their applications have read them, or have ended"
+        )
     return removed
 
 

@@ -94,6 +94,14 @@ def drain(maps: Path, seconds: float = DRAIN_SECONDS) -> int:
             time.sleep(DRAIN_PAUSE)
 
 
+def members(maps: Path) -> int:
+    """How many sockets are in the table, where its own program cannot be asked."""
+    if not (maps / "socks").exists():
+        return 0
+    with libbpf.Map(maps / "socks", 16, 8) as socks:
+        return len(list(socks.keys()))
+
+
 # --- in the hands of a worker ------------------------------------------------------------------------------------
 
 

@@ -179,7 +179,7 @@ class Rig:
 
     def close(self) -> None:
         """The end of `start`: nothing is left."""
-        dataplane.detach(self.instance)
+        dataplane.detach(self.instance, lose_unread=True)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:

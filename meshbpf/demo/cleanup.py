@@ -42,7 +42,7 @@ def _instance() -> list[str]:
         raise Busy(f"the instance {cast.INSTANCE} is not a demo's: it is attached to {', '.join(foreign)}")
     stop.stop_processes(instance)
     with instance.lock():
-        dataplane.detach(instance)
+        dataplane.detach(instance, lose_unread=True)
     return [f"instance {cast.INSTANCE}"]
 
 

@@ -20,6 +20,7 @@ import pytest
 from loader import abi, dataplane, libbpf, redirect, trials
 from loader.pipes import Pipes, holds_payload_pipe
 from loader.rig import ADDRESS4, PORT, Pair, Rig
+from meshbpf.errors import Busy
 from meshbpf.reason import Reason
 from tests.kernel.test_redirect import tcp_sent
 from tests.support.machine import until
@@ -431,4 +432,48 @@ def test_no_byte_is_lost_when_the_table_goes(own: Rig, how: str) -> None:
         work.join(5)
         assert not own.maps.exists()
         assert list(own.commands.socks.keys()) == []
+        talk(pair)
+
+
+@pytest.mark.parametrize("how", ["another layout", "detach"])
+def test_bytes_that_are_read_late_are_there(own: Rig, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Longer than a drain waits: the tables that hold them stay, and go with the next attach or detach."""
+    body = bytes(range(250)) * 800
+    pair = own.pair()
+    own.joined(pair)
+    sent = tcp_sent(pair.p)
+    pair.p.sendall(body)
+    assert tcp_sent(pair.p) == sent, "redirected, or this test shows nothing"
+    pair.p.close()
+    old = own.maps
+    if how == "detach":
+        with pytest.raises(Busy, match=r"1 connections still hold unread bytes: run detach again"):
+            dataplane.detach(own.instance)
+        assert not own.instance.links.exists()
+    else:
+        sizes = replace(own.mesh.agent.maps, members=512)
+        own.mesh = replace(own.mesh, agent=replace(own.mesh.agent, maps=sizes))
+        own.start()
+        assert "1 connections hold unread bytes" in caplog.text
+    assert old.exists()
+    with pair.c:
+        assert trials.receive(pair.c, len(body)) == body
+        assert pair.c.recv(1) == b""
+        if how == "detach":
+            assert dataplane.detach(own.instance)
+            assert not own.instance.pins.exists()
+        else:
+            own.start()
+    assert not old.exists()
+
+
+def test_an_attach_takes_up_what_a_detach_had_to_leave(own: Rig) -> None:
+    pair = own.pair()
+    own.joined(pair)
+    pair.p.sendall(b"unread")
+    with pytest.raises(Busy):
+        dataplane.detach(own.instance)
+    own.start()
+    with pair:
+        assert pair.c.recv(100) == b"unread"
         talk(pair)
