@@ -9,6 +9,7 @@ that does not know its service; workers of an earlier agent count as workers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -86,10 +87,27 @@ class Agent:
         self.acceleration = "off"
         self.acceleration_why = "the self-test has not run yet"
         self._trial: asyncio.Task[None] | None = None
+        self._needed: list[asyncio.Task[Any]] = []
+        self._unwritten = False  # the state file is older than the mesh
 
     @property
     def ready(self) -> bool:
         return self.supervisor.ready >= self.workers and not self._stop.is_set()
+
+    def need(self, *tasks: asyncio.Task[Any]) -> None:
+        """Without these we do not do what we are for."""
+        self._needed += tasks
+
+    @property
+    def dead(self) -> str:
+        """Which of the needed tasks have ended although we still run, and why."""
+        if self._stop.is_set():
+            return ""
+        return "; ".join(
+            f"{task.get_name()} has died: {'cancelled' if task.cancelled() else repr(task.exception())}"
+            for task in self._needed
+            if task.done()
+        )
 
     def stop(self) -> None:
         self._stop.set()
@@ -122,6 +140,8 @@ class Agent:
         self._tell_workers(self.mesh)
         await self.supervisor.start(self.workers)
         if not await self._settled(READY_SECONDS):
+            if self.supervisor.refusal:
+                raise MeshError(self.supervisor.refusal)
             raise MeshError(f"the workers did not start within {READY_SECONDS:.0f} s: see the lines above")
         drain = self.mesh.agent.proxy.drain
         # They must not accept what hooks with newer tables lead here: they could not look it up.
@@ -136,6 +156,7 @@ class Agent:
         )
         loop.add_reader(self._events.fileno(), self._events.read)
         self._scanner = spawn(self._scan(), "scan namespaces")
+        self.need(self._scanner)
         self._trial = spawn(self._accelerate(), "try acceleration")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
@@ -143,10 +164,15 @@ class Agent:
         )  # fmt: skip
 
     async def _settled(self, seconds: float) -> bool:
-        """Whether, in time, every worker serves the newest mesh; also True when it is time to stop."""
+        """Whether, in time, every worker serves the newest mesh; also True when it is time to stop.
+
+        False at once when one refuses it.
+        """
         try:
             async with asyncio.timeout(seconds):
                 while self.supervisor.ready < self.workers and not self._stop.is_set():
+                    if self.supervisor.refusal:
+                        return False
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
@@ -154,29 +180,49 @@ class Agent:
         return True
 
     async def follow(self, meshes: AsyncIterator[Mesh]) -> None:
-        """Apply each mesh; one that the kernel refuses is logged, and the last good one stays."""
+        """Apply each mesh; one that the kernel or a worker refuses is logged, and the last good one stays."""
         async for mesh in meshes:
             await self.apply(mesh)
 
     async def apply(self, mesh: Mesh) -> None:
-        mesh = self._with_our_settings(mesh)
-        self._tell_workers(mesh)
-        await self._settled(SETTLE_SECONDS)
+        """Workers, then the kernel, then the state file. Never raises for what the machine does to us: the next mesh
+        may fare better, and following must not end.
+        """
         try:
+            mesh = self._with_our_settings(mesh)
+            self._tell_workers(mesh)
+            await self._settled(SETTLE_SECONDS)
+            if self.supervisor.refusal:
+                raise MeshError(self.supervisor.refusal)
             applied = self.plane.apply(mesh)
-        except MeshError as error:
+        except (MeshError, OSError) as error:
             self.apply_error = str(error)
             log.error("mesh refused, the last one stays generation=%d error=%s", mesh.generation, error)
-            self._tell_workers(self.mesh)
+            with contextlib.suppress(OSError):
+                self._tell_workers(self.mesh)
             return
         self.apply_error = ""
         self.mesh = mesh
         self.applied_at = time.time()
         self.totals.adopt(mesh, time.monotonic())
-        dataplane.write_state(self.options.instance, self.plane.layout, self.options.cgroups, mesh)
         log.info(
             "mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes
         )
+        await self._note()
+
+    async def _note(self) -> None:
+        """Write the state file. When that cannot be, say so and try again with the next scan: the mesh serves."""
+        try:
+            await asyncio.to_thread(
+                dataplane.write_state, self.options.instance, self.plane.layout, self.options.cgroups, self.mesh
+            )
+        except OSError as error:
+            self.apply_error = f"the mesh serves, but {self.options.instance.state_file} is old: {error}"
+            log.error("state not written error=%s", error)
+            self._unwritten = True
+        else:
+            if self._unwritten:
+                self.apply_error, self._unwritten = "", False
 
     def _with_our_settings(self, mesh: Mesh) -> Mesh:
         """What only a start can change stays as it is; a change of it is logged."""
@@ -228,7 +274,12 @@ class Agent:
     async def _scan(self) -> None:
         while True:
             await asyncio.sleep(SCAN_SECONDS)
-            self.namespaces.scan()
+            try:
+                self.namespaces.scan()
+            except (MeshError, OSError) as error:
+                log.error("scan failed error=%s", error)
+            if self._unwritten:
+                await self._note()
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT, then drain."""

@@ -30,6 +30,8 @@ def own_ports(mesh: Mesh) -> frozenset[int]:
 
 async def serve(options: Options, paths: Sequence[Path]) -> None:
     """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
+    # Before anything that takes time: unhandled, the signal would end us. What is read below is new anyway.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     configured = load(paths)
     accesslog.check(configured.agent.access_log)
     with options.instance.lock():
@@ -41,9 +43,10 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
         await embedded.start()
         sources = Sources(paths, embedded, last_generation(options.instance))
-        sources.start()
+        watchers = sources.start()
         mesh = await sources.first()
         agent = Agent(options, mesh)
+        agent.need(*watchers)
         metrics = Metrics(agent, sources)
         runners: list[web.AppRunner] = []
         try:
@@ -59,6 +62,7 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
 
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
             follower = spawn(agent.follow(sources.meshes(mesh)), "follow sources")
+            agent.need(follower)
             await agent.run()
             follower.cancel()
         finally:

@@ -33,7 +33,13 @@ class Metrics:
         return await admin.serve(self._agent.mesh.agent.admin.listen, self._page, self._not_ready)
 
     def _not_ready(self) -> str | None:
+        """Ready means: callers are served, and news is followed. A mesh that was refused (`error` of status) is no
+        reason to take a node out of service that serves the last good one; a task that died is, for nothing it did
+        comes back by itself.
+        """
         agent = self._agent
+        if dead := agent.dead:
+            return dead
         return None if agent.ready else f"{agent.supervisor.ready} of {agent.workers} workers serve the newest mesh"
 
     async def _page(self, accept: str) -> tuple[bytes, str]:
@@ -89,7 +95,9 @@ class Metrics:
             "acceleration": f"{agent.acceleration} ({agent.acceleration_why})",
             "generation": agent.mesh.generation,
             "sources": self._sources.report(),
-            "error": agent.apply_error or agent.supervisor.trouble,
+            "error": "; ".join(
+                filter(None, (agent.dead, agent.apply_error, agent.supervisor.refusal, agent.supervisor.trouble))
+            ),
             "namespaces": len(agent.namespaces.served),
             "endpoints": self._endpoints(),
         }

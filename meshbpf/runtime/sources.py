@@ -43,9 +43,9 @@ class Sources:
         self._generation = generation
         self._problems: tuple[str, ...] = ()
 
-    def start(self) -> None:
-        for known in self._known:
-            spawn(self._follow(known), f"source {known.source.name}")
+    def start(self) -> list[asyncio.Task[None]]:
+        """The tasks that must live for news to come."""
+        return [spawn(self._follow(known), f"source {known.source.name}") for known in self._known]
 
     async def _follow(self, known: Known) -> None:
         async for snapshot in known.source.watch():

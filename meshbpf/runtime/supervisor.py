@@ -38,6 +38,7 @@ class Handle:
     channel: Channel | None = None
     generation: int = -1
     trouble: str = ""  # what of the newest mesh it could not follow
+    refused: str = ""  # why it does not serve the newest mesh at all
     started: float = 0.0
     silent: int = 0  # ticks since its last word, counted from its first one
     spoken: bool = False
@@ -70,6 +71,14 @@ class Supervisor:
         return next((handle.trouble for handle in self._handles.values() if handle.trouble), "")
 
     @property
+    def refusal(self) -> str:
+        """Why a worker does not serve the newest mesh; empty when none has refused it."""
+        for handle in self._handles.values():
+            if handle.refused:
+                return f"worker {handle.process.pid} cannot follow: {handle.refused}"
+        return ""
+
+    @property
     def pids(self) -> list[int]:
         return [handle.process.pid for handle in self._handles.values()]
 
@@ -77,6 +86,7 @@ class Supervisor:
         """Every worker, also one started later, gets this mesh."""
         self._about = about
         for handle in self._handles.values():
+            handle.refused = ""
             if handle.channel is not None:
                 handle.channel.send({"type": "mesh"}, blob=about)
 
@@ -146,6 +156,12 @@ class Supervisor:
                 log.error("worker keeps its old setting pid=%d error=%s", handle.process.pid, message["trouble"])
             handle.trouble = message["trouble"]
             self._changed()
+        elif kind == "refused":
+            # Half of it may be in use by now: no word of an earlier mesh holds any more.
+            handle.generation = -1
+            if self._about is not None and message["generation"] == self._about["mesh"]["generation"]:
+                handle.refused = message["why"]
+                self._changed()
         elif kind == "stats":
             self._report(f"{handle.number}-{handle.process.pid}", message["blob"])
         for fd in fds:

@@ -116,7 +116,7 @@ class Worker:
     def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["type"]
         if kind == "mesh":
-            self._use(wire.decode(Mesh, message["blob"]["mesh"]), message["blob"])
+            self._follow(message["blob"])
         elif kind == "listen":
             self._listen(int(message["netns"]), fds)
         elif kind == "unlisten":
@@ -128,12 +128,29 @@ class Worker:
         elif kind == "reopen" and self._access_log is not None:
             self._access_log.reopen()
 
+    def _follow(self, about: dict[str, Any]) -> None:
+        """Use the mesh, or say why not: then the agent keeps the last good one everywhere, and tells it again.
+
+        Any error: whatever it is, half the workers on another mesh than the kernel is worse.
+        """
+        try:
+            self._use(wire.decode(Mesh, about["mesh"]), about)
+        except Exception as error:
+            log.exception("the mesh is refused pid=%d", os.getpid())
+            generation = int(about["mesh"]["generation"])
+            self._say({"type": "refused", "generation": generation, "why": f"{type(error).__name__}: {error}"})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
     def _use(self, mesh: Mesh, about: dict[str, Any]) -> None:
-        if self._dataplane is None:
-            self._dataplane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
-            self._flows = Flows(self._dataplane.maps["flows"].fd)
+        if self._proxy is None:
+            plane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
+            self._flows = Flows(plane.maps["flows"].fd)
             self._workloads = Workloads(cgroup2(), [Path(path) for path in about["cgroups"]])
             self._cookie = int(about["cookie"])
+            self._dataplane = plane
             self._proxy = Proxy(
                 lookup=self._origin,
                 sink=self._sink,
@@ -143,7 +160,6 @@ class Worker:
             )
             self._beat()
             self._report_later()
-        assert self._proxy is not None
         trouble = self._log_to(mesh.agent.access_log)
         # Most services log everything: only those that sample are asked about.
         self._sampling = {
@@ -155,8 +171,7 @@ class Worker:
         self._redirect(bool(about["redirect"]))
         self._proxy.use(mesh)
         self._drain_seconds = mesh.agent.proxy.drain
-        if self._channel is not None:
-            self._channel.send({"type": "using", "generation": mesh.generation, "trouble": trouble})
+        self._say({"type": "using", "generation": mesh.generation, "trouble": trouble})
 
     def _log_to(self, settings: AccessLogSettings) -> str:
         """Write the access log as `settings` say; why not, when that cannot be: then the log before goes on."""
@@ -282,6 +297,8 @@ class Worker:
 
 def main() -> None:
     name, fd, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    # Who signals a whole process group means the agent, which tells us what there is to do.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(options["log_level"], options["log_format"])
     first = socket.socket(fileno=fd)
     netns.Own.fd()

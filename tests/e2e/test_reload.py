@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -174,3 +175,29 @@ def test_a_log_that_cannot_be_opened_keeps_the_last_one(machine: Machine) -> Non
     until(lambda: "accessLog.path" in machine.show("status")["error"], "status names the setting")
     assert machine.curl("http://127.96.0.10/")["endpoint"] == "b"
     assert len(machine.records(2)) == 2
+
+
+def test_a_state_file_that_cannot_be_written_does_not_end_the_following(machine: Machine) -> None:
+    first, second = machine.endpoint("a"), machine.endpoint("b")
+    machine.configure(service("orders", "127.96.0.10", [first]))
+    machine.run_agent()
+    obstacle = machine.instance.state_file.with_suffix(".new")
+    obstacle.mkdir()
+    machine.configure(service("orders", "127.96.0.10", [second]))
+    until(lambda: machine.curl(URL)["endpoint"] == "b", "the mesh serves all the same")
+    until(lambda: "state.json is old" in machine.agent_says()["error"], "status says so")
+    obstacle.rmdir()
+    machine.configure(service("orders", "127.96.0.10", [first]))
+    until(lambda: machine.curl(URL)["endpoint"] == "a", "and goes on")
+    until(lambda: not machine.agent_says()["error"], "all is well again")
+
+
+def test_hangups_at_any_time_end_nobody(machine: Machine) -> None:
+    """The agent's first second included; to a whole process group they reach workers too."""
+    machine.configure(service("orders", "127.96.0.10", [machine.endpoint("a")]))
+    agent = machine.run_agent("--workers", "2")
+    workers = machine.agent_says()["worker_pids"]
+    for pid in (agent.pid, *workers):
+        os.kill(pid, signal.SIGHUP)
+    assert machine.curl(URL)["endpoint"] == "a"
+    assert machine.agent_says()["worker_pids"] == workers and machine.agent_says()["restarts"] == 0

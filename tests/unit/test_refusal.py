@@ -1,0 +1,170 @@
+"""A mesh that a worker cannot follow: it says why, and the agent leads nobody by that mesh."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from loader.dataplane import Applied, Dataplane
+from loader.instance import Instance
+from loader.plan import Tables, plan
+from meshbpf import wire
+from meshbpf.errors import DataplaneError
+from meshbpf.model import Mesh, Service
+from meshbpf.runtime.agent import Agent, Options
+from meshbpf.runtime.channel import Channel
+from meshbpf.runtime.supervisor import Handle, Supervisor
+from meshbpf.runtime.worker import Worker
+
+GOOD, NEW = Mesh(generation=1), Mesh(services=(Service("orders", addresses=("127.96.0.1",)),), generation=2)
+
+
+class Said:
+    """Stands for a channel."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def send(self, message: dict[str, Any], fds: object = (), blob: object = None) -> None:
+        self.messages.append(message)
+
+
+def test_a_worker_says_why_it_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> list[dict[str, Any]]:
+        worker, said = Worker(Instance("unit")), Said()
+        worker._channel = cast(Channel, said)
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("no such luck")
+
+        monkeypatch.setattr(worker, "_use", refuse)
+        worker._receive({"type": "mesh", "blob": {"mesh": wire.encode(NEW)}}, [])
+        return said.messages
+
+    (answer,) = asyncio.run(run())
+    assert answer == {"type": "refused", "generation": 2, "why": "RuntimeError: no such luck"}
+
+
+class Process:
+    pid = 7
+
+
+def supervised() -> tuple[Supervisor, Handle, list[str]]:
+    changes: list[str] = []
+    supervisor = Supervisor(Instance("unit"), {}, lambda *_: None, lambda: changes.append("changed"))
+    handle = Handle(0, cast(asyncio.subprocess.Process, Process()))
+    supervisor._handles[0] = handle
+    return supervisor, handle, changes
+
+
+def test_the_supervisor_remembers_a_refusal_until_another_mesh_comes() -> None:
+    supervisor, handle, changes = supervised()
+    supervisor.use({"mesh": wire.encode(NEW)})
+    supervisor._receive(handle, {"type": "using", "generation": 2, "trouble": ""}, [])
+    assert supervisor.ready == 1
+    supervisor._receive(handle, {"type": "refused", "generation": 2, "why": "poison"}, [])
+    assert supervisor.refusal == "worker 7 cannot follow: poison"
+    assert (supervisor.ready, len(changes)) == (0, 2)
+    supervisor.use({"mesh": wire.encode(GOOD)})
+    assert supervisor.refusal == ""
+    supervisor._receive(handle, {"type": "using", "generation": 1, "trouble": ""}, [])
+    assert supervisor.ready == 1
+
+
+class Plane:
+    """Stands for the kernel's tables."""
+
+    layout = "unit"
+
+    def __init__(self) -> None:
+        self.applied: list[int] = []
+        self.error: Exception | None = None
+
+    def apply(self, mesh: Mesh) -> Applied:
+        if self.error is not None:
+            raise self.error
+        self.applied.append(mesh.generation)
+        return Applied(0, plan(mesh, Tables()))
+
+
+class Workers:
+    """Stands for the supervisor: answers every mesh at once."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+        self.ready = 1
+        self.refusal = self.trouble = ""
+        self.refuses = ""
+
+    def use(self, about: dict[str, Any]) -> None:
+        self.told.append(about["mesh"]["generation"])
+        self.refusal = self.refuses if about["mesh"]["services"] else ""
+        self.ready = 0 if self.refusal else 1
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Agent:
+    monkeypatch.setattr("loader.instance.RUN", tmp_path)
+
+    async def make() -> Agent:
+        return Agent(Options(Instance("unit"), (), 1), GOOD)
+
+    made = asyncio.run(make())
+    made.plane = cast(Dataplane, Plane())
+    made.supervisor = cast(Supervisor, Workers())
+    monkeypatch.setattr(made, "_about", lambda mesh, layout: {"mesh": wire.encode(mesh)})
+    return made
+
+
+def test_what_a_worker_refuses_is_not_told_to_the_kernel(agent: Agent) -> None:
+    workers, plane = cast(Workers, agent.supervisor), cast(Plane, agent.plane)
+    workers.refuses = "worker 7 cannot follow: poison"
+    asyncio.run(agent.apply(NEW))
+    assert plane.applied == []
+    assert workers.told == [2, 1], "the last good mesh, to all"
+    assert "poison" in agent.apply_error
+    assert agent.mesh is GOOD
+    workers.refuses = ""
+    asyncio.run(agent.apply(NEW))
+    assert (plane.applied, agent.apply_error) == ([2], "")
+
+
+@pytest.mark.parametrize("error", [DataplaneError("E2BIG"), OSError(28, "No space left on device")])
+def test_no_error_of_the_machine_ends_the_following(agent: Agent, error: Exception) -> None:
+    plane = cast(Plane, agent.plane)
+    plane.error = error
+    asyncio.run(agent.apply(NEW))
+    assert agent.apply_error == str(error)
+    plane.error = None
+    asyncio.run(agent.apply(NEW))
+    assert (plane.applied, agent.apply_error) == ([2], "")
+
+
+def test_a_state_file_that_cannot_be_written_is_tried_again(agent: Agent, tmp_path: Path) -> None:
+    (tmp_path / "unit" / "state.new").mkdir(parents=True)
+    asyncio.run(agent.apply(NEW))
+    assert agent.mesh.generation == 2
+    assert "state.json is old" in agent.apply_error
+    (tmp_path / "unit" / "state.new").rmdir()
+    asyncio.run(agent._note())
+    assert agent.apply_error == ""
+    assert agent.options.instance.read_state()["mesh"]["generation"] == 2
+
+
+def test_a_needed_task_that_dies_is_told(agent: Agent) -> None:
+    async def die() -> None:
+        raise RuntimeError("of this")
+
+    async def run() -> None:
+        task = asyncio.ensure_future(die())
+        agent.need(task)
+        assert agent.dead == ""
+        await asyncio.wait([task])
+        assert agent.dead.endswith("has died: RuntimeError('of this')")
+        agent.stop()
+        assert agent.dead == "", "it is time to end"
+
+    asyncio.run(run())
