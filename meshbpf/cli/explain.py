@@ -9,6 +9,7 @@ from loader import abi
 from loader.dataplane import Dataplane
 from loader.plan import service_key
 from meshbpf.carrier import Carrier, choose
+from meshbpf.cli.view import unknown
 from meshbpf.errors import NotFound
 from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Service, ServicePolicy
 from meshbpf.reason import TEXT, Reason
@@ -26,19 +27,44 @@ def verdicts(counters: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
 
 
 def targets(mesh: Mesh, text: str) -> list[tuple[Service, Port]]:
-    """The ports that `text` (service, or ADDRESS:PORT) means. Raises NotFound."""
+    """The ports that `text` (a service, SERVICE:PORT or ADDRESS:PORT) means. Raises NotFound."""
+    whole = [service for service in mesh.services if _named(service, text)]
+    if whole:
+        return [(service, port) for service in whole for port in service.ports]
     host, colon, number = text.rpartition(":")
-    address = _canonical(host.strip("[]"))
-    found = []
-    for service in mesh.services:
-        for port in service.ports:
-            by_name = text in (service.label, f"{service.name}.{service.namespace}")
-            by_address = colon and number == str(port.port) and address in map(_canonical, service.addresses)
-            if by_name or by_address:
-                found.append((service, port))
-    if not found:
-        raise NotFound(f"{text} is no service: a connect to it is left alone")
-    return found
+    if _is_address(text.strip("[]")) or not colon:
+        host, number = text, ""
+    owners = [service for service in mesh.services if _is(service, host)]
+    ports = [(service, port) for service in owners for port in service.ports]
+    found = [(service, port) for service, port in ports if number == str(port.port)]
+    if found:
+        return found
+    if ports:
+        there = ", ".join(f"{port.port} ({service.label} {port.name})" for service, port in ports)
+        if not number:
+            raise NotFound(f"{text} has no port: give a port: {there}")
+        raise NotFound(f"{host} has no port {number}: a connect to it is left alone; it has {there}")
+    if _is_address(host.strip("[]")):
+        give = "" if number else "; give a port: ADDRESS:PORT"
+        raise NotFound(f"{text} is no service: a connect to it is left alone{give}")
+    raise unknown(mesh, host)
+
+
+def _is(service: Service, text: str) -> bool:
+    """Whether `text` names the service, or is one of its addresses."""
+    return _named(service, text) or _canonical(text.strip("[]")) in map(_canonical, service.addresses)
+
+
+def _named(service: Service, text: str) -> bool:
+    return text in (service.label, f"{service.name}.{service.namespace}")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        abi.pack_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _canonical(address: str) -> str:

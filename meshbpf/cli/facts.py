@@ -17,9 +17,10 @@ from typing import Any
 
 from loader import dataplane, environment, libbpf
 from loader.instance import BPFFS, Instance
-from meshbpf.carrier import Carrier
-from meshbpf.cli import ask, view
+from meshbpf.carrier import Carrier, choose
+from meshbpf.cli import ask
 from meshbpf.errors import EnvironmentLack, MeshError
+from meshbpf.model import OnProxyDown
 
 # bpftool's words for the hooks that we use; newer ones say cgroup_inet4_connect
 OUR_HOOKS = ("connect4", "connect6", "getpeername4", "getpeername6", "sock_ops")
@@ -94,6 +95,7 @@ class InstanceFacts:
     fills: tuple[tuple[str, int, int], ...] = ()
     agent: Mapping[str, Any] | None = None
     agent_error: str = ""
+    refused: int = 0  # of the governed ports, those that no call gets through without a proxy
 
 
 def machine() -> MachineFacts:
@@ -212,9 +214,15 @@ def instance(name: str) -> InstanceFacts:
         fills = tuple(
             (table, len(list(plane.maps[table].keys())), int(getattr(mesh.agent.maps, table))) for table in TABLES
         )
-        governed = sum(1 for row in view.services(plane, mesh) if row["carrier"] != Carrier.DIRECT.value)
     finally:
         plane.close()
+    down = [
+        policy.on_proxy_down
+        for service in mesh.services
+        for policy in [mesh.policy_for(service)]
+        for port in service.ports
+        if choose(port, policy).carrier is not Carrier.DIRECT
+    ]
     linked = {pin.name.split("-")[0] for pin in target.links.iterdir()} if target.links.is_dir() else set()
     agent, trouble = None, ""
     try:
@@ -226,7 +234,8 @@ def instance(name: str) -> InstanceFacts:
         attached=True,
         cgroups=tuple(_cgroup(path, linked) for path in target.read_state()["cgroups"]),
         services=len(mesh.services),
-        governed=governed,
+        governed=len(down),
+        refused=down.count(OnProxyDown.REFUSE),
         fills=fills,
         agent=agent,
         agent_error=trouble,

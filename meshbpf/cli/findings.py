@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from meshbpf.cli.facts import InstanceFacts, MachineFacts
+from meshbpf.cli.output import counted
 
 OLDEST = (5, 10)
 COOKIES = (5, 14)
@@ -155,7 +156,7 @@ def instance(facts: InstanceFacts) -> list[Finding]:
     remedy = f"mkdir {gone[0]}, then attach or run again" if gone else "attach or run again"
     full = [f"{name} {entries}/{room}" for name, entries, room in facts.fills if 100 * entries >= FULL_PERCENT * room]
     return [
-        Finding("attached", Result.OK, f"instance {facts.name}, {facts.services} services"),
+        Finding("attached", Result.OK, f"instance {facts.name}, {counted(facts.services, 'service')}"),
         _judge("attached-cgroup", not (gone or remade), _listed([c.path for c in facts.cgroups]), lost, remedy),
         _judge(
             "map-fill", not full, f"every table is below {FULL_PERCENT}%", f"nearly full: {', '.join(full)}",
@@ -172,8 +173,15 @@ def _agent(facts: InstanceFacts) -> list[Finding]:
     if facts.agent is None:
         if not facts.governed:
             return [Finding("agent", Result.OK, "not running, and not needed: every port is direct")]
-        detail = f"not running: {facts.governed} governed ports follow onProxyDown"
-        return [Finding("agent", Result.ERROR, detail, f"meshbpf run --cgroup PATH -c FILE{_named(facts)}")]
+        remedy = f"meshbpf run --cgroup PATH -c FILE{_named(facts)}"
+        if facts.refused:
+            detail = (
+                f"not running: calls to {counted(facts.refused, 'governed port')} are refused (onProxyDown: refuse)"
+            )
+            return [Finding("agent", Result.ERROR, detail, remedy)]
+        which = "goes" if facts.governed == 1 else "go"
+        detail = f"not running: {counted(facts.governed, 'governed port')} {which} straight to endpoints, ungoverned"
+        return [Finding("agent", Result.WARNING, detail, remedy)]
     agent: Mapping[str, Any] = facts.agent
     ready, wanted = int(agent["ready"]), int(agent["workers"])
     refused = str(agent.get("error") or "")

@@ -20,6 +20,11 @@ def check_format(form: str, more: Sequence[str] = ()) -> str:
     return form
 
 
+def counted(number: int, noun: str, more: str = "") -> str:
+    """`1 port`, `2 ports`; `more` is the plural where it is not the noun with an s."""
+    return f"{number} {noun if number == 1 else more or noun + 's'}"
+
+
 def age(seconds: float) -> str:
     """A duration in its largest two units: `3s`, `2m10s`, `4h5m`, `9d2h`."""
     whole = int(seconds)

@@ -10,6 +10,7 @@ from loader.plan import service_key
 from meshbpf.carrier import choose
 from meshbpf.errors import NotFound
 from meshbpf.model import EndpointState, Mesh, Port, Protocol, Service
+from meshbpf.schema.fields import meant
 
 
 def find(mesh: Mesh, text: str) -> Service:
@@ -17,8 +18,16 @@ def find(mesh: Mesh, text: str) -> Service:
     for service in mesh.services:
         if text in (service.label, f"{service.name}.{service.namespace}"):
             return service
-    known = ", ".join(service.label for service in mesh.services[:10]) or "none"
-    raise NotFound(f"service {text!r} is unknown; known: {known}")
+    raise unknown(mesh, text)
+
+
+def unknown(mesh: Mesh, text: str) -> NotFound:
+    """What to say of a name that is no service: the one that was probably meant, and those there are."""
+    labels = [service.label for service in mesh.services]
+    hint = meant(text, labels) if labels else ""
+    known = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+    near = f"; {hint}" if hint.startswith("did you mean") else ""
+    return NotFound(f"service {text!r} is unknown{near}; known: {known or 'none'}")
 
 
 def in_kernel(plane: Dataplane, service: Service, port: Port) -> bool:

@@ -79,6 +79,7 @@ def test_what_the_kernel_does_not_lead_is_left_alone() -> None:
     steps = dict(said("127.96.0.10:53"))
     assert "NOT known to the kernel" in steps["address"]
     assert steps["verdict"] == "left alone: the kernel leads no connect to this port"
+    assert [step for step, _says in said("127.96.0.10:53")].count("verdict") == 1
 
 
 def test_what_was_taken_out_of_the_kernel_is_seen() -> None:
@@ -95,6 +96,7 @@ def test_what_was_taken_out_of_the_kernel_is_seen() -> None:
         ("orders", ["http", "db", "dns"]),
         ("orders.default", ["http", "db", "dns"]),
         ("127.96.0.10:80", ["http"]),
+        ("orders:80", ["http"]),
         ("[fd00::10]:5432", ["db"]),
         ("[fd00:0:0::0010]:5432", ["db"]),
         ("users.shop", ["http"]),
@@ -104,9 +106,28 @@ def test_what_a_target_may_be(text: str, ports: list[str]) -> None:
     assert [port.name for _service, port in targets(MESH, text)] == ports
 
 
-@pytest.mark.parametrize("text", ["users", "127.96.0.10", "127.96.0.10:81", "nobody:80", ":80", ""])
-def test_what_is_no_service(text: str) -> None:
-    with pytest.raises(NotFound, match="a connect to it is left alone"):
+THERE = r"80 \(orders http\), 5432 \(orders db\), 53 \(orders dns\)$"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("users", r"service 'users' is unknown; did you mean \"users\.shop\"\?; known: orders, users\.shop$"),
+        ("ordres:80", r"service 'ordres' is unknown; did you mean \"orders\"\?; known: orders"),
+        ("nobody:80", r"service 'nobody' is unknown; known: orders, users\.shop$"),
+        ("127.96.0.10", rf"^127\.96\.0\.10 has no port: give a port: {THERE}"),
+        ("[fd00::10]", rf"give a port: {THERE}"),
+        ("fd00::10", rf"give a port: {THERE}"),
+        ("127.96.0.10:81", rf"^127\.96\.0\.10 has no port 81: a connect to it is left alone; it has {THERE}"),
+        ("orders:81", rf"^orders has no port 81: a connect to it is left alone; it has {THERE}"),
+        ("10.0.0.1:80", r"^10\.0\.0\.1:80 is no service: a connect to it is left alone$"),
+        ("10.0.0.1", r"a connect to it is left alone; give a port: ADDRESS:PORT$"),
+        (":80", "is unknown; known: orders"),
+        ("", "is unknown; known: orders"),
+    ],
+)
+def test_what_is_no_service(text: str, says: str) -> None:
+    with pytest.raises(NotFound, match=says):
         targets(MESH, text)
 
 

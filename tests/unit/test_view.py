@@ -70,7 +70,7 @@ def test_find() -> None:
     assert view.find(MESH, "orders") is ORDERS
     assert view.find(MESH, "orders.default") is ORDERS
     assert view.find(MESH, "users.shop") is USERS
-    with pytest.raises(NotFound, match=r"'users' is unknown; known: orders, users\.shop"):
+    with pytest.raises(NotFound, match=r"'users' is unknown; did you mean .users\.shop.\?; known: orders, users\.shop"):
         view.find(MESH, "users")
     with pytest.raises(NotFound, match="known: none"):
         view.find(Mesh(), "orders")
