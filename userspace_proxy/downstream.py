@@ -14,8 +14,8 @@ from meshbpf.record import Record
 from userspace_proxy.acceleration import Shortcut
 from userspace_proxy.exchange import Exchange
 from userspace_proxy.grammar import END, LINE, METHODS, PREFACE, TOO_SLOW, VERSIONS, Fault, partial_fault, whole_fault
-from userspace_proxy.head import RequestFields, request_fields, request_target
 from userspace_proxy.reply import CLOSE, LINE_TOO_LONG, REPLIES
+from userspace_proxy.request import read_request
 from userspace_proxy.wire import reset
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from userspace_proxy.server import Proxy
     from userspace_proxy.tunnel import Tunnel
 
-HEADS, HEAD_BYTES = 256, 1024  # request heads that a route remembers, and the longest of them
 LISTENS, LINGERS, RELAYS = 0, 1, 2  # what is done with bytes: served; thrown away behind the last answer; kept
 PARKED = 1  # why the caller is not read: enough of what it sent waits (others: UPSTREAM_FULL, UNATTACHED)
 
@@ -234,11 +233,11 @@ class Downstream(asyncio.Protocol):
         path = target.decode("latin-1")
         route = self.route
         known = route.heads.get(lines) if route is not None else None
-        if known is not None and version == b"1" and target[0] == 47:
+        if known is not None and version == b"1" and target[0] == 47 and method != b"CONNECT":
             fields = known
             first = data[:at]
         else:
-            read = self._read(method, target, version, lines)
+            read = read_request(route, self.origin, method, target, version, lines, limits)
             if isinstance(read, Fault):
                 self._refuse(read, name, path)
                 return b""
@@ -263,25 +262,6 @@ class Downstream(asyncio.Protocol):
         if self.shortcut is not None and exchange.whole_request and not rest:
             self.shortcut.asked(self.netns, self.transport)
         return rest
-
-    def _read(self, method: bytes, target: bytes, version: bytes, lines: bytes) -> tuple[RequestFields, bytes] | Fault:
-        """The fields and the request line to send, for a head that is not like the one before."""
-        where = request_target(method, target)
-        if isinstance(where, Fault):
-            return where
-        target, host = where
-        route, origin = self.route, self.origin
-        dialled = route.dialled if route is not None else f"{origin.address}:{origin.port}".encode()
-        fields = request_fields(lines, 1 if version == b"1" else 0, host, dialled, self.limits)
-        if isinstance(fields, Fault):
-            return fields
-        # A head with an id of its own comes once, and remembering it would push out those that come again.
-        own = fields.request_id is not None or fields.trace_id is not None
-        if version == b"1" and host is None and route is not None and len(lines) <= HEAD_BYTES and not own:
-            if len(route.heads) >= HEADS:
-                route.heads.clear()
-            route.heads[lines] = fields
-        return fields, b"%b %b HTTP/1.1\r\n" % (method, target)
 
     def _record(self, method: str | None, path: str | None) -> Record:
         route, proxy = self.route, self.proxy

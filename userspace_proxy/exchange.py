@@ -14,6 +14,7 @@ from meshbpf.record import Record
 from userspace_proxy.body import Intake, encode, last
 from userspace_proxy.head import AnswerHead, RequestFields
 from userspace_proxy.reply import BROKEN_FLAGS, CLOSE, ENDINGS, KEEP, KEEP_10, OUTCOMES, REPLIES, Reply
+from userspace_proxy.retry import connect_again, replay
 from userspace_proxy.tunnel import Tunnel
 from userspace_proxy.upstream import UPSTREAM_FULL, Upstream
 
@@ -30,8 +31,8 @@ _TE = b"transfer-encoding: chunked\r\n"
 class Exchange:
     __slots__ = (
         "_body", "_chunked", "_half_closed", "_queue_until", "_sent", "_sent_size", "_try_until", "_until",
-        "begun", "body_until", "dialling", "down", "ended", "fields", "head_only", "record", "retried", "route",
-        "started", "target", "tries", "upstream", "websocket", "whole_request",
+        "avoid", "begun", "body_until", "careful", "dialling", "down", "ended", "fields", "head_only", "record",
+        "retried", "route", "started", "target", "tries", "upstream", "websocket", "whole_request",
     )  # fmt: skip
 
     def __init__(
@@ -53,8 +54,10 @@ class Exchange:
         self.target: Target | None = None  # who serves it: its `active` counts us
         self.dialling: Target | None = None
         self.upstream: Upstream | None = None
+        self.careful = record.method not in _IDEMPOTENT  # must not be served twice
+        self.avoid: Target | None = None  # has just failed us
         self.tries = 0
-        self.retried = False
+        self.retried = False  # a used connection was dead: from now on only new ones
         self.begun = False  # the answer's head has been written: no local reply and no retry any more
         self.ended = False
         self._half_closed = False
@@ -201,44 +204,23 @@ class Exchange:
             self.half_close()
 
     def connect_failed(self, reason: Reason) -> None:
-        """The pool: the target could not be reached. Another one is tried, `limits.attempts` in all."""
-        target, route = self.target, self.route
-        assert target is not None and route is not None
-        if self.tries < self.down.limits.attempts and any(
-            other is not target and other.weight and not other.draining for other in route.targets
-        ):
-            self._detach()
-            self.down.proxy.attempt(route.service, target.label, OUTCOMES[reason])
-            route.pool.acquire(self, exclude=target)
-        else:
+        """The pool: the target could not be reached."""
+        if not connect_again(self, reason):
             self.fail(reason)
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
         """The endpoint closed (exc None) or reset the connection before the answer was complete."""
-        if self.ended:
-            return
         if self.begun:
             self.fail(Reason.UPSTREAM_CLOSED_EARLY)
-            return
-        route = self.route
-        if (
-            upstream.served > 0
-            and not self.retried
-            and self._sent is not None
-            and route is not None
-            and (self.record.method in _IDEMPOTENT or upstream.untouched(len(self._sent[0]) + self._sent_size))
-        ):
-            # An endpoint may close an idle connection just when we use it: not a fault, and nobody need notice.
-            self.retried = True
-            target = self.target
-            self._detach()
-            if target is not None:
-                self.down.proxy.attempt(route.service, target.label, OUTCOMES[Reason.UPSTREAM_RESET])
-            route.pool.acquire(self, fresh=True)
-            return
-        self.fail(Reason.UPSTREAM_RESET)
+        elif not self.ended and not replay(self, upstream):
+            self.fail(Reason.UPSTREAM_RESET)
 
-    def _detach(self) -> None:
+    @property
+    def complete(self) -> bool:
+        """Is all of the request that was sent still here?"""
+        return self._sent is not None
+
+    def detach(self) -> None:
         """Let go of target and connection, which are of no more use to us."""
         if self.target is not None:
             self.target.active -= 1

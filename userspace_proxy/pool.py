@@ -16,6 +16,7 @@ from meshbpf.model import ServicePolicy
 from meshbpf.reason import Reason
 from meshbpf.tasks import spawn
 from userspace_proxy.upstream import Upstream
+from userspace_proxy.wire import spoken
 
 if TYPE_CHECKING:
     from userspace_proxy.exchange import Exchange
@@ -46,20 +47,27 @@ class Pool:
         self.idle_timeout = http.idle_timeout
         self.queue_timeout = policy.timeouts.queue
 
-    def acquire(self, exchange: Exchange, exclude: Target | None = None, fresh: bool = False) -> None:
-        """Give `exchange` a connection to another target than `exclude`; `fresh`: none that was used before.
+    def acquire(self, exchange: Exchange) -> None:
+        """Give `exchange` a connection: rather not to the target it avoids, and when it replays, none that was used.
 
         It hears `begin`, `connect_failed` or `fail`, now or later.
         """
-        target = self._route.balancer.pick(self._proxy.rnd, exclude)
+        target = self._route.balancer.pick(self._proxy.rnd, exchange.avoid)
+        if target is None and exchange.avoid is not None:
+            target = self._route.balancer.pick(self._proxy.rnd)
         if target is None:
             exchange.fail(Reason.NO_HEALTHY_UPSTREAM)
             return
         idle = target.idle.get(exchange.down.netns)
-        if idle and not fresh:
+        while idle and not exchange.retried:
+            upstream = idle.pop()
+            if exchange.careful and spoken(upstream.sock):
+                upstream.discard()
+                continue
             target.active += 1
-            exchange.begin(idle.pop(), target)
-        elif self.pending >= self.max_pending:
+            exchange.begin(upstream, target)
+            return
+        if self.pending >= self.max_pending:
             exchange.fail(Reason.TOO_MANY_PENDING)
         else:
             self.pending += 1
@@ -81,7 +89,12 @@ class Pool:
             upstream.discard()
         elif self._waiting:
             exchange = self._waiting[0]
-            if exchange.down.netns != upstream.netns or target.draining:
+            if (
+                exchange.down.netns != upstream.netns
+                or target.draining
+                or (exchange.retried and upstream.served)
+                or (exchange.careful and spoken(upstream.sock))
+            ):
                 upstream.discard()  # its place is what is needed
                 return
             self.leave(exchange)
@@ -122,7 +135,8 @@ class Pool:
         self.open -= 1
         while self._waiting and self.open < self.max_connections:
             exchange = self._waiting[0]
-            target = self._route.balancer.pick(self._proxy.rnd)
+            pick, rnd = self._route.balancer.pick, self._proxy.rnd
+            target = pick(rnd, exchange.avoid) or pick(rnd)
             if target is None:
                 self.leave(exchange)
                 exchange.fail(Reason.NO_HEALTHY_UPSTREAM)

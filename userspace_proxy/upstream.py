@@ -14,7 +14,7 @@ from meshbpf.reason import Reason
 from userspace_proxy.body import Dechunker
 from userspace_proxy.grammar import BARE, CHUNKED, END, UNTIL_CLOSE
 from userspace_proxy.head import AnswerHead, answer_head
-from userspace_proxy.wire import reset, unacknowledged
+from userspace_proxy.wire import reset
 
 if TYPE_CHECKING:
     from userspace_proxy.exchange import Exchange
@@ -196,10 +196,6 @@ class Upstream(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self.exchange is not None:
             self.exchange.down.free(UPSTREAM_FULL)
-
-    def untouched(self, size: int) -> bool:
-        """Is it certain that the endpoint never saw the `size` bytes sent last? (SYN and FIN count one byte each.)"""
-        return unacknowledged(self.sock) + 2 >= size
 
     def discard(self) -> None:
         """End this connection, which serves nobody."""

@@ -8,9 +8,6 @@ import socket
 import struct
 
 _RST = struct.pack("ii", 1, 0)
-_TCP_INFO_BYTES = 256
-# struct tcp_info (linux/tcp.h, append only): bytes_acked at 120, bytes_sent at 200, bytes_retrans at 208
-_ACKED, _SENT, _RETRANS = 120, 200, 208
 
 
 def reset(transport: asyncio.Transport) -> None:
@@ -22,13 +19,12 @@ def reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-def unacknowledged(sock: socket.socket) -> int:
-    """How many of the bytes sent the peer's kernel never confirmed; 0 when this kernel does not say."""
+def spoken(sock: socket.socket) -> bool:
+    """Has the peer of a connection at rest said something that is not read yet: an end, a reset, bytes unasked for?"""
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
     except OSError:
-        return 0
-    if len(info) < _RETRANS + 8:
-        return 0
-    acked, sent, retrans = (int.from_bytes(info[at : at + 8], "little") for at in (_ACKED, _SENT, _RETRANS))
-    return max(0, sent - retrans - acked)
+        return True
+    return True

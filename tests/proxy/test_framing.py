@@ -300,6 +300,17 @@ async def test_refused_heads(bed: Bed, request_: bytes, status: int, reason: byt
     assert (await bed.record()).response_code == status
 
 
+async def test_connect_is_refused_also_when_its_header_lines_are_known(bed: Bed) -> None:
+    endpoint = await bed.endpoint()
+    await bed.serve(endpoint)
+    caller = await bed.caller()
+    await caller.ask(GET)
+    caller.send(b"CONNECT /x HTTP/1.1\r\nHost: a\r\n\r\n")
+    answer = await caller.rest()
+    assert answer.startswith(b"HTTP/1.1 405 ") and b"x-meshbpf-reason: connect_method\r\n" in answer
+    assert b"CONNECT" not in endpoint.received
+
+
 async def test_a_hundred_headers_are_fine(bed: Bed) -> None:
     await bed.serve(await bed.endpoint())
     caller = await bed.caller()
