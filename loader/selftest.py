@@ -8,14 +8,17 @@ compiling; `redirect_supported` remembers the verdict for as long as kernel and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from loader import abi, btf, trials
+from loader import abi, btf, leftovers, trials
 from loader.instance import Instance
 from loader.rig import MESH, Rig
 from loader.source import BPF
@@ -41,15 +44,35 @@ def run(name: str = "") -> tuple[Check, ...]:
         btf.redirect_defines()
     except EnvironmentLack as error:
         return (Check("kernel", False, error.what, error.remedy),)
+    leftovers.sweep()
     rig = Rig(name or f"selftest-{os.getpid()}")
+    with _ends_by_exception(), rig.instance.lock():
+        try:
+            rig.start()
+            lack = rig.instance.read_state().get("redirectLack", "")
+            if lack:
+                return (Check("load", False, lack.strip().splitlines()[-1], OFF),)
+            return _in_child(rig)
+        finally:
+            rig.close()
+
+
+@contextlib.contextmanager
+def _ends_by_exception() -> Iterator[None]:
+    """Within: SIGTERM takes the way of Ctrl-C, past everything that cleans up. Other threads get no signals."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: the second would end the cleaning up
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     try:
-        rig.start()
-        lack = rig.instance.read_state().get("redirectLack", "")
-        if lack:
-            return (Check("load", False, lack.strip().splitlines()[-1], OFF),)
-        return _in_child(rig)
+        yield
     finally:
-        rig.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _in_child(rig: Rig) -> tuple[Check, ...]:
@@ -110,6 +133,7 @@ def _kernel() -> str:
 
 def redirect_supported(instance: Instance) -> tuple[bool, str]:
     """Whether `acceleration: auto` may redirect here, and if not, why. Kept in the instance's run directory."""
+    leftovers.sweep()
     path, kernel = instance.run / "selftest.json", _kernel()
     try:
         kept = json.loads(path.read_text())

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from loader import dataplane, environment
+from loader import dataplane, environment, leftovers
 from loader.instance import Instance
 from meshbpf import logs
 from meshbpf.carrier import Carrier, choose
@@ -43,6 +43,7 @@ def attach(
     environment.require_capabilities()
     paths = options.cgroups(cgroup, allow_root_cgroup)
     target = Instance(instance)
+    leftovers.sweep()
     with target.lock():
         mesh = asyncio.run(once(options.configuration(config), instance, last_generation(target) + 1))
         dataplane.attach(target, paths, mesh)
@@ -119,6 +120,7 @@ def detach(instance: InstanceName = "default") -> None:
 
     environment.require_capabilities()
     target = Instance(instance)
+    leftovers.sweep()
     removed = stop.stop_processes(target)
     with target.lock():
         removed += dataplane.detach(target)

@@ -3,19 +3,73 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from loader import blocking, environment, selftest, trials
+from loader import blocking, environment, leftovers, selftest, trials
 from loader.instance import BPFFS, Instance
 from loader.rig import Rig
+from tests.support.machine import ROOT, until
 
 
 def left_behind() -> list[str]:
-    return [str(path) for folder in (BPFFS / "meshbpf", environment.cgroup2()) for path in folder.glob("selftest-*")]
+    folders = (BPFFS / "meshbpf", environment.cgroup2())
+    return [str(path) for folder in folders for path in folder.glob(f"selftest-{os.getpid()}")]
+
+
+def left_by(name: str) -> list[Path]:
+    return [path for path in (Instance(name).pins, Instance(name).run, environment.cgroup2() / name) if path.exists()]
+
+
+def started() -> subprocess.Popen[bytes]:
+    """A self-test in a process of its own, stopped in the middle of its trials."""
+    code = "from loader import selftest; selftest.run()"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    procs = environment.cgroup2() / f"selftest-{process.pid}" / "cgroup.procs"
+    until(lambda: procs.exists() and procs.read_text(), "the trials run")
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def test_a_self_test_ended_by_sigterm_leaves_nothing() -> None:
+    process = started()
+    process.terminate()
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert left_by(f"selftest-{process.pid}") == []
+
+
+def test_what_a_killed_one_left_is_swept_and_a_living_one_s_is_not() -> None:
+    dead, living = started(), started()
+    dead.kill()
+    dead.wait()
+    gone, there = f"selftest-{dead.pid}", f"selftest-{living.pid}"
+    assert len(left_by(gone)) == 3
+    try:
+        until(lambda: leftovers.sweep() or not left_by(gone), "swept once its trials have ended")
+        assert left_by(gone) == []
+        assert len(left_by(there)) == 3
+    finally:
+        living.send_signal(signal.SIGCONT)
+        assert living.wait(60) == 0
+    assert left_by(there) == []
+
+
+def test_nobody_else_s_is_swept() -> None:
+    other = environment.cgroup2() / "selftest-x9"
+    other.mkdir()
+    try:
+        leftovers.sweep()
+        assert other.exists()
+    finally:
+        other.rmdir()
 
 
 def test_the_matrix_is_green_and_nothing_is_left() -> None:
