@@ -4,13 +4,15 @@ Order. With a command the instance goes in after its check passes, and out *befo
 SIGTERM, SIGINT or SIGHUP it is deregistered, callers get `SETTLE` to learn of it, then the signal is forwarded. The
 command runs in a session of its own, otherwise Ctrl-C would reach it first. Its exit code is ours (128+N for signal N).
 
-A check that fails `FAILURES` times in a row takes the instance out; one success puts it in again. An agent that is away
+A program that starts is waited for: only after `PATIENCE` checks is it said what is wrong with it. Later on, a check
+that fails `FAILURES` times in a row takes the instance out; one success puts it in again. An agent that is away
 changes nothing for the command: it is said once, tried again with growing pauses, and a lost lease is put again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +25,11 @@ from meshbpf import checks
 from meshbpf.errors import MeshError, NotFound
 from meshbpf.registration import Registration
 from meshbpf.registry.client import RegistryAway, RegistryClient, RegistryRefused
+from meshbpf.schema import addresses
 from meshbpf.tasks import spawn
 
 FAILURES = 3
+PATIENCE = 10
 SETTLE = 0.25  # seconds: the agent gathers changes for 20 ms, then writes the kernel's tables
 LEAVE_SECONDS = 3.0  # a stop must not hang on an agent that is away; the lease ends by itself
 FIRST_CHECKS = 0.2  # seconds between checks until the first success: a start should not wait for `interval`
@@ -98,13 +102,12 @@ class Keeper:
         """Check once, act once; how long to pause."""
         why = await self._check()
         action = self._upkeep.after_check(not why)
-        if why and not self._upkeep.registered and why != self._waited_for:
-            self._waited_for = why
-            self._say(f"{self._name} is not ready: {why}")
+        if why and not self._upkeep.registered:
+            self._wait_for(why)
         try:
             await self._perform(action, why)
         except RegistryAway as error:
-            return self._again(str(error))
+            return self._again(away(self._client, error))
         except RegistryRefused as error:
             # Later on, a refusal must not take down a command that serves: the agent's rules may change back.
             if not (error.passing or self._ever_in):
@@ -115,6 +118,20 @@ class Keeper:
             self._trouble, self._backoff = "", BACKOFF_FIRST
         waiting = not self._upkeep.registered
         return min(FIRST_CHECKS, self._wanted.interval) if waiting else self._wanted.interval
+
+    def _wait_for(self, why: str) -> None:
+        if not self._ever_in and self._upkeep.failures < PATIENCE:
+            if self._upkeep.failures == 1:
+                self._say(f"waiting until it is ready: {self._asked}")
+        elif why != self._waited_for:
+            self._waited_for = why
+            self._say(f"{self._name} is not ready: {why}")
+
+    @property
+    def _asked(self) -> str:
+        """The check in words, for a line: `tcp 127.0.0.1:9001`."""
+        text = self._wanted.check.text if self._wanted.check else ""
+        return text if text.startswith("cmd") else f"{text} {addresses.joined(self._wanted.address, self._wanted.port)}"
 
     async def _check(self) -> str:
         if self._wanted.check is None:
@@ -152,6 +169,17 @@ class Keeper:
         return min(pause, self._wanted.interval)
 
 
+def away(client: RegistryClient, error: RegistryAway) -> str:
+    """What to tell a person of an agent that is not there; anything else as the client says it."""
+    cause = error.__cause__
+    if client.where.startswith("/") and isinstance(cause, OSError):
+        if cause.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            return f"no agent listens on {client.where}: start one with `meshbpf run`"
+        if cause.errno in (errno.EACCES, errno.EPERM):
+            return f"may not ask the agent on {client.where}: run as root (sudo)"
+    return str(error)
+
+
 def say_to_stderr(text: str) -> None:
     print(f"meshbpf register: {text}", file=sys.stderr, flush=True)
 
@@ -168,7 +196,15 @@ async def register(
 
 
 async def deregister(client: RegistryClient, service: str, id: str = "") -> str:
-    """Take one instance out and return its id. Without `id` the service must have just one. Raises NotFound."""
+    """Take one instance out and return its id. Without `id` the service must have just one. Raises NotFound, and
+    MeshError when no agent answers."""
+    try:
+        return await _taken_out(client, service, id)
+    except RegistryAway as error:
+        raise MeshError(away(client, error)) from error
+
+
+async def _taken_out(client: RegistryClient, service: str, id: str) -> str:
     if not id:
         instances = (await client.instances(service))["instances"]
         if len(instances) > 1:

@@ -42,7 +42,12 @@ def put_in(
     label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="(repeatable)")] = None,
     instance: InstanceName = "default",
 ) -> None:
-    """Put an instance into the registry, keep it there while it is ready, take it out at the end."""
+    """Put a program into the registry while it is ready. It is taken out before it is told to stop. `meshbpf run`
+    must be running: without it, this tries again until there is one.
+    """
+    for text in port:
+        if text.endswith("/udp"):
+            raise typer.BadParameter(f"{text}: UDP is not carried yet", param_hint="--port")
     try:
         wanted = registration(
             service, port, address=address, service_port=service_port, ttl=ttl, check=check, interval=interval, id=id,
@@ -66,8 +71,7 @@ def take_out(
     id: Annotated[str, typer.Option("--id", help="which one; not needed when there is just one")] = "",
     instance: InstanceName = "default",
 ) -> None:
-    """Take an instance out of the registry."""
-
+    """Take an instance out of the registry. One whose `meshbpf register` still runs comes back: stop that instead."""
     from meshbpf import register as light
     from meshbpf.registry.client import RegistryClient
 
@@ -76,6 +80,7 @@ def take_out(
             return await light.deregister(client, service, id)
 
     typer.echo(f"{service}/{asyncio.run(ask())} deregistered")
+    typer.echo("if its `meshbpf register` still runs, that puts it in again: stop it instead", err=True)
 
 
 def _labels(texts: list[str]) -> dict[str, str]:

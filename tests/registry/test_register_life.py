@@ -257,6 +257,23 @@ async def test_deregister(scene: Scene) -> None:
         assert await register.deregister(client, "orders", "b") == "b"
 
 
+async def test_an_agent_that_is_away_is_named_with_what_starts_it(tmp_path: Path) -> None:
+    async with RegistryClient(unix=tmp_path / "agent.sock") as client:
+        with pytest.raises(MeshError, match=r"^no agent listens on .*agent\.sock: start one with `meshbpf run`$"):
+            await register.deregister(client, "orders")
+
+
+async def test_a_program_that_starts_is_waited_for(scene: Scene) -> None:
+    later = "import http.server, sys, time; time.sleep(0.5); "
+    later += f"http.server.test(http.server.SimpleHTTPRequestHandler, port={scene.port}, bind='127.0.0.1')"
+    process = await scene.register(sys.executable, "-c", later)
+    heard = await hear(process, "registered")
+    assert f"waiting until it is ready: tcp 127.0.0.1:{scene.port}\n" in heard
+    assert "is not ready" not in heard
+    process.terminate()
+    await process.wait()
+
+
 def test_what_follows_from_checks() -> None:
     upkeep = Upkeep()
     assert upkeep.after_check(False) is Action.NOTHING
