@@ -23,10 +23,9 @@ from loader import dataplane, selftest
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
-from meshbpf import wire
 from meshbpf.errors import MeshError
 from meshbpf.model import Acceleration, Mesh, ProxySettings
-from meshbpf.runtime import cgroup, orphans
+from meshbpf.runtime import about, cgroup, orphans
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Supervisor
 from meshbpf.tasks import spawn
@@ -88,6 +87,7 @@ class Agent:
         self.acceleration_why = "the self-test has not run yet"
         self._trial: asyncio.Task[None] | None = None
         self._needed: list[asyncio.Task[Any]] = []
+        self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
         self._unwritten = False  # the state file is older than the mesh
 
     @property
@@ -126,8 +126,8 @@ class Agent:
 
     async def attach(self) -> None:
         """Attach or upgrade, and open the pins for writing; the caller holds the lock."""
-        about = {**self._about(self.mesh, layout=""), "redirect": False}  # they keep their layout, and soon end
-        await asyncio.gather(*(orphan.use(about) for orphan in self._orphans))
+        told = await self._about(self.mesh, layout="", redirect=False)  # they keep their layout, and soon end
+        await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
         dataplane.attach(self.options.instance, self.options.cgroups, self.mesh)
         opened = dataplane.open_pins(self.options.instance)
         assert opened is not None
@@ -137,7 +137,7 @@ class Agent:
         """From attached tables to a proxy that serves."""
         loop = asyncio.get_running_loop()
         self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
-        self._tell_workers(self.mesh)
+        await self._tell_workers(self.mesh)
         await self.supervisor.start(self.workers)
         if not await self._settled(READY_SECONDS):
             if self.supervisor.refusal:
@@ -182,7 +182,8 @@ class Agent:
     async def follow(self, meshes: AsyncIterator[Mesh]) -> None:
         """Apply each mesh; one that the kernel or a worker refuses is logged, and the last good one stays."""
         async for mesh in meshes:
-            await self.apply(mesh)
+            async with self._applying:
+                await self.apply(mesh)
 
     async def apply(self, mesh: Mesh) -> None:
         """Workers, then the kernel, then the state file. Never raises for what the machine does to us: the next mesh
@@ -190,7 +191,7 @@ class Agent:
         """
         try:
             mesh = self._with_our_settings(mesh)
-            self._tell_workers(mesh)
+            await self._tell_workers(mesh)
             await self._settled(SETTLE_SECONDS)
             if self.supervisor.refusal:
                 raise MeshError(self.supervisor.refusal)
@@ -199,7 +200,7 @@ class Agent:
             self.apply_error = str(error)
             log.error("mesh refused, the last one stays generation=%d error=%s", mesh.generation, error)
             with contextlib.suppress(OSError):
-                self._tell_workers(self.mesh)
+                await self._tell_workers(self.mesh)
             return
         self.apply_error = ""
         self.mesh = mesh
@@ -240,19 +241,20 @@ class Agent:
         self._ignored = new
         return replace(mesh, agent=kept)
 
-    def _tell_workers(self, mesh: Mesh) -> None:
-        self.supervisor.use(self._about(mesh, self.plane.layout))
+    async def _tell_workers(self, mesh: Mesh) -> None:
+        redirect = self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF
+        self.supervisor.use(mesh.generation, await self._about(mesh, self.plane.layout, redirect))
 
-    def _about(self, mesh: Mesh, layout: str) -> dict[str, Any]:
+    async def _about(self, mesh: Mesh, layout: str, redirect: bool) -> bytes:
         """All that a worker has to know."""
         home = next(s for s in self.namespaces.served.values() if s.identity == self.namespaces.home)
-        return {
-            "mesh": wire.encode(mesh),
+        more = {
             "layout": layout,
             "cgroups": [str(path) for path in self.options.cgroups],
             "cookie": home.cookie,
-            "redirect": self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF,
+            "redirect": redirect,
         }
+        return await asyncio.to_thread(about.pack, mesh, more)
 
     async def _accelerate(self) -> None:
         """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).
@@ -263,7 +265,8 @@ class Agent:
         self.acceleration, self.acceleration_why = ("redirect", "self-test passed") if ok else ("off", why)
         log.info("acceleration=%s why=%s", self.acceleration, self.acceleration_why)
         if ok:
-            self._tell_workers(self.mesh)
+            async with self._applying:
+                await self._tell_workers(self.mesh)
 
     def _report(self, incarnation: str, snapshot: Any) -> None:
         if snapshot is None:

@@ -1,7 +1,8 @@
 """Agent ↔ worker: JSON messages with file descriptors over a SOCK_SEQPACKET unix socket. Transport only.
 
 What may be large (a mesh, statistics) travels in a memfd beside a small message, so that no message meets the socket
-buffer's limit. Descriptors received are owned by the receiver.
+buffer's limit; whoever receives it reads it when and in the thread that suits. Descriptors received are owned by the
+receiver.
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ MAX_MESSAGE = 65536
 Receive = Callable[[dict[str, Any], list[int]], None]
 
 
+class Blob:
+    """What came beside a message, unread."""
+
+    def __init__(self, fd: int) -> None:
+        self._file = open(fd, "rb")  # noqa: SIM115
+
+    def read(self) -> Any:
+        """Its value; once."""
+        with self._file as file:
+            file.seek(0)  # the sender's offset is at the end, and shared
+            return json.load(file)
+
+
 class Channel:
     """One end. `receive` is called in the loop with each message; `closed` once, when the other end is gone."""
 
@@ -31,7 +45,8 @@ class Channel:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = (), blob: Any = None) -> None:
-        """Queue a message. `fds` are duplicated, the caller keeps its own; `blob` is any JSON value, however large.
+        """Queue a message. `fds` are duplicated, the caller keeps its own; `blob` is any JSON value, or JSON as bytes,
+        however large.
 
         Nothing is kept for an end that is gone: `closed` has said so.
         """
@@ -40,8 +55,8 @@ class Channel:
         owned = [os.dup(fd) for fd in fds]
         if blob is not None:
             memory = os.memfd_create("meshbpf", os.MFD_CLOEXEC)
-            with open(os.dup(memory), "w") as out:
-                json.dump(blob, out)
+            with open(memory, "wb", closefd=False) as out:
+                out.write(blob if isinstance(blob, bytes) else json.dumps(blob).encode())
             owned.append(memory)
             message = {**message, "blob": True}
         self._waiting.append((json.dumps(message).encode(), owned))
@@ -78,9 +93,7 @@ class Channel:
         for fd in fds:
             os.set_inheritable(fd, False)
         if message.pop("blob", False):
-            with open(fds.pop()) as blob:  # the sender's offset is at the end, and shared
-                blob.seek(0)
-                message["blob"] = json.load(blob)
+            message["blob"] = Blob(fds.pop())
         self._receive(message, fds)
 
     def close(self) -> None:

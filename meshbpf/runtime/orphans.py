@@ -53,7 +53,7 @@ class Orphan:
             return False
         return not self._gone.is_set()
 
-    async def use(self, about: dict[str, Any]) -> None:
+    async def use(self, about: bytes) -> None:
         """Serve this mesh until the end: the kernel will lead callers of its new services to it too."""
         self._channel.send({"type": "mesh"}, blob=about)
         if not await self.says("using"):

@@ -53,7 +53,8 @@ class Supervisor:
         self._report = report
         self._changed = changed
         self._handles: dict[int, Handle] = {}
-        self._about: dict[str, Any] | None = None
+        self._about: bytes | None = None
+        self._wanted = 0  # the newest mesh's generation
         self._served: dict[int, Served] = {}
         self._deaths: dict[int, int] = {}
         self._stopping = False
@@ -62,8 +63,7 @@ class Supervisor:
     @property
     def ready(self) -> int:
         """Workers that serve the newest mesh."""
-        wanted = self._about["mesh"]["generation"] if self._about else 0
-        return sum(1 for handle in self._handles.values() if handle.generation >= wanted)
+        return sum(1 for handle in self._handles.values() if handle.generation >= self._wanted)
 
     @property
     def trouble(self) -> str:
@@ -82,9 +82,9 @@ class Supervisor:
     def pids(self) -> list[int]:
         return [handle.process.pid for handle in self._handles.values()]
 
-    def use(self, about: dict[str, Any]) -> None:
-        """Every worker, also one started later, gets this mesh."""
-        self._about = about
+    def use(self, generation: int, about: bytes) -> None:
+        """Every worker, also one started later, gets this mesh (see about.py)."""
+        self._wanted, self._about = generation, about
         for handle in self._handles.values():
             handle.refused = ""
             if handle.channel is not None:
@@ -159,11 +159,11 @@ class Supervisor:
         elif kind == "refused":
             # Half of it may be in use by now: no word of an earlier mesh holds any more.
             handle.generation = -1
-            if self._about is not None and message["generation"] == self._about["mesh"]["generation"]:
+            if message["generation"] == self._wanted:
                 handle.refused = message["why"]
                 self._changed()
         elif kind == "stats":
-            self._report(f"{handle.number}-{handle.process.pid}", message["blob"])
+            self._report(f"{handle.number}-{handle.process.pid}", message["blob"].read())
         for fd in fds:
             os.close(fd)
 

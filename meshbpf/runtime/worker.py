@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ from loader.environment import cgroup2
 from loader.flows import Flows
 from loader.instance import Instance
 from loader.redirect import Redirector
-from meshbpf import logs, wire
+from meshbpf import logs
 from meshbpf.accesslog_format import wanted
 from meshbpf.errors import ConfigError, DataplaneError
 from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
 from meshbpf.record import Record
 from meshbpf.runtime import netns
-from meshbpf.runtime.channel import Channel
+from meshbpf.runtime.about import Reader
+from meshbpf.runtime.channel import Blob, Channel
 from meshbpf.runtime.workload import Workloads
 from meshbpf.tasks import spawn
 from userspace_proxy.accesslog import AccessLog
@@ -69,6 +71,9 @@ class Worker:
         self._done = asyncio.Event()
         self._draining = False
         self._drain_seconds = 0.0
+        self._reader = Reader()
+        self._newest: Blob | None = None  # the newest mesh, unread
+        self._following: asyncio.Task[None] | None = None
 
     async def run(self, first: socket.socket) -> None:
         """Serve until drained. `first` is our end of the agent's channel."""
@@ -116,7 +121,13 @@ class Worker:
     def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["type"]
         if kind == "mesh":
-            self._follow(message["blob"])
+            self._newest = newest = message["blob"]
+            if self._proxy is None:  # nobody waits yet, and what comes next builds on it
+                about, self._newest = newest.read(), None
+                with self._refusing(about):
+                    self._use(self._reader.mesh(about), about)
+            elif self._following is None or self._following.done():
+                self._following = spawn(self._follow(), "follow")
         elif kind == "listen":
             self._listen(int(message["netns"]), fds)
         elif kind == "unlisten":
@@ -128,17 +139,26 @@ class Worker:
         elif kind == "reopen" and self._access_log is not None:
             self._access_log.reopen()
 
-    def _follow(self, about: dict[str, Any]) -> None:
-        """Use the mesh, or say why not: then the agent keeps the last good one everywhere, and tells it again.
+    async def _follow(self) -> None:
+        """Read the newest mesh in a thread, since a large one takes longer than callers may wait; then use it."""
+        while self._newest is not None:
+            newest, self._newest = self._newest, None
+            about = await asyncio.to_thread(newest.read)
+            with self._refusing(about):
+                self._use(await asyncio.to_thread(self._reader.mesh, about), about)
+
+    @contextlib.contextmanager
+    def _refusing(self, about: dict[str, Any]) -> Iterator[None]:
+        """Say why a mesh cannot be followed: the agent then keeps the last good one everywhere, and tells it again.
 
         Any error: whatever it is, half the workers on another mesh than the kernel is worse.
         """
         try:
-            self._use(wire.decode(Mesh, about["mesh"]), about)
+            yield
         except Exception as error:
             log.exception("the mesh is refused pid=%d", os.getpid())
-            generation = int(about["mesh"]["generation"])
-            self._say({"type": "refused", "generation": generation, "why": f"{type(error).__name__}: {error}"})
+            why = f"{type(error).__name__}: {error}"
+            self._say({"type": "refused", "generation": int(about["generation"]), "why": why})
 
     def _say(self, message: dict[str, Any]) -> None:
         if self._channel is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +12,9 @@ import pytest
 from loader.dataplane import Applied, Dataplane
 from loader.instance import Instance
 from loader.plan import Tables, plan
-from meshbpf import wire
 from meshbpf.errors import DataplaneError
 from meshbpf.model import Mesh, Service
+from meshbpf.runtime import about
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.supervisor import Handle, Supervisor
@@ -41,11 +42,21 @@ def test_a_worker_says_why_it_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> 
             raise RuntimeError("no such luck")
 
         monkeypatch.setattr(worker, "_use", refuse)
-        worker._receive({"type": "mesh", "blob": {"mesh": wire.encode(NEW)}}, [])
+        worker._receive({"type": "mesh", "blob": Packed(NEW)}, [])
         return said.messages
 
     (answer,) = asyncio.run(run())
     assert answer == {"type": "refused", "generation": 2, "why": "RuntimeError: no such luck"}
+
+
+class Packed:
+    """Stands for a Blob."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._bytes = about.pack(mesh, {})
+
+    def read(self) -> Any:
+        return json.loads(self._bytes)
 
 
 class Process:
@@ -62,13 +73,13 @@ def supervised() -> tuple[Supervisor, Handle, list[str]]:
 
 def test_the_supervisor_remembers_a_refusal_until_another_mesh_comes() -> None:
     supervisor, handle, changes = supervised()
-    supervisor.use({"mesh": wire.encode(NEW)})
+    supervisor.use(2, b"")
     supervisor._receive(handle, {"type": "using", "generation": 2, "trouble": ""}, [])
     assert supervisor.ready == 1
     supervisor._receive(handle, {"type": "refused", "generation": 2, "why": "poison"}, [])
     assert supervisor.refusal == "worker 7 cannot follow: poison"
     assert (supervisor.ready, len(changes)) == (0, 2)
-    supervisor.use({"mesh": wire.encode(GOOD)})
+    supervisor.use(1, b"")
     assert supervisor.refusal == ""
     supervisor._receive(handle, {"type": "using", "generation": 1, "trouble": ""}, [])
     assert supervisor.ready == 1
@@ -99,9 +110,9 @@ class Workers:
         self.refusal = self.trouble = ""
         self.refuses = ""
 
-    def use(self, about: dict[str, Any]) -> None:
-        self.told.append(about["mesh"]["generation"])
-        self.refusal = self.refuses if about["mesh"]["services"] else ""
+    def use(self, generation: int, _about: bytes) -> None:
+        self.told.append(generation)
+        self.refusal = self.refuses if generation == NEW.generation else ""
         self.ready = 0 if self.refusal else 1
 
 
@@ -115,7 +126,11 @@ def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Agent:
     made = asyncio.run(make())
     made.plane = cast(Dataplane, Plane())
     made.supervisor = cast(Supervisor, Workers())
-    monkeypatch.setattr(made, "_about", lambda mesh, layout: {"mesh": wire.encode(mesh)})
+
+    async def tell(mesh: Mesh) -> None:
+        made.supervisor.use(mesh.generation, b"")
+
+    monkeypatch.setattr(made, "_tell_workers", tell)
     return made
 
 
@@ -168,3 +183,14 @@ def test_a_needed_task_that_dies_is_told(agent: Agent) -> None:
         assert agent.dead == "", "it is time to end"
 
     asyncio.run(run())
+
+
+def test_reading_a_mesh_again_keeps_what_did_not_change() -> None:
+    one, two = (Service(name, addresses=(f"127.96.0.{n}",)) for n, name in enumerate(("orders", "users"), 1))
+    reader = about.Reader()
+    first = reader.mesh(json.loads(about.pack(Mesh(services=(one, two), generation=1), {})))
+    assert first == Mesh(services=(one, two), generation=1)
+    changed = Service("users", addresses=("127.96.0.9",))
+    second = reader.mesh(json.loads(about.pack(Mesh(services=(one, changed), generation=2), {})))
+    assert second == Mesh(services=(one, changed), generation=2)
+    assert second.services[0] is first.services[0]
