@@ -7,6 +7,7 @@ import re
 import httptools
 
 from userspace_proxy.grammar import CHUNKED
+from userspace_proxy.limits import DEFAULT_LIMITS
 
 LAST = b"0\r\n\r\n"
 _END = b"\r\n\r\n"
@@ -18,6 +19,7 @@ _NO_TRAILERS = frozenset(
     b" keep-alive proxy-connection set-cookie te trailer transfer-encoding upgrade x-request-id".split()
 )
 SLACK = 64 * 1024  # bytes of chunk framing and trailers that are borne however small the body is
+TRAILERS = 16 * 1024  # bytes of trailers, and of framing without a byte of body in between
 RATIO = 8  # … and per byte of body: one byte per chunk is slow but legal
 
 
@@ -34,9 +36,16 @@ def last(trailers: bytes) -> bytes:
 class Dechunker:
     """Feed bytes, read `payload`, `done`, `trailers`; `feed` says how many bytes belonged to this body, -1: refused."""
 
-    __slots__ = ("_body", "_parser", "_pieces", "_seen", "_started", "_tail", "done", "trailers")
+    __slots__ = (
+        "_body", "_fields", "_lines", "_parser", "_pieces", "_seen", "_since", "_started", "_tail", "_trailing", "done",
+        "trailers",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, fields: int = DEFAULT_LIMITS.fields) -> None:
+        self._fields = fields  # trailers that there may yet be
+        self._lines: list[bytes] = []
+        self._trailing = 0  # bytes of trailers
+        self._since = 0  # bytes read since the last byte of body: behind the last chunk nothing resets it
         self._pieces: list[bytes] = []
         self._tail = b""
         self._seen = 0
@@ -49,18 +58,25 @@ class Dechunker:
         self._started = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._started:
+            return
+        self._fields -= 1
+        self._trailing += len(name) + len(value) + 4
+        if self._fields < 0 or self._trailing > TRAILERS:
+            raise ValueError
         lower = name.lower()
-        if not self._started or lower in _NO_TRAILERS or lower.startswith(b"x-meshbpf-"):
+        if lower in _NO_TRAILERS or lower.startswith(b"x-meshbpf-"):
             return
         if not _VALUE.fullmatch(value):
             raise ValueError
-        self.trailers += b"%b: %b\r\n" % (name, value)
+        self._lines.append(b"%b: %b\r\n" % (name, value))
 
     def on_body(self, piece: bytes) -> None:
         self._pieces.append(piece)
         self._body += len(piece)
 
     def on_message_complete(self) -> None:
+        self.trailers = b"".join(self._lines)
         self.done = True
 
     def payload(self) -> bytes:
@@ -76,6 +92,7 @@ class Dechunker:
         # A body can only end behind CRLF CRLF. llhttp does not say where it stopped, so it is given the bytes up to
         # each such place: when it is done there, and only there, the rest belongs to the next message.
         size = len(data)
+        body = self._body
         self._seen += size
         view = memoryview(data)
         at = 0
@@ -90,7 +107,8 @@ class Dechunker:
                 self._parser.feed_data(view[at:])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             return -1
-        if self.done or self._seen - self._body > SLACK + RATIO * self._body:
+        self._since = self._since + size if self._body == body else 0
+        if self.done or self._since > TRAILERS or self._seen - self._body > SLACK + RATIO * self._body:
             return -1
         self._tail = data[-3:] if size >= 3 else (self._tail + data)[-3:]
         return size
@@ -112,9 +130,9 @@ class Intake:
 
     __slots__ = ("_chunks", "_left", "done", "size")
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, fields: int) -> None:
         self._left = length
-        self._chunks = Dechunker() if length == CHUNKED else None
+        self._chunks = Dechunker(fields) if length == CHUNKED else None
         self.done = False
         self.size = 0  # bytes of body so far
 

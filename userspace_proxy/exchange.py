@@ -78,7 +78,7 @@ class Exchange:
         rest = data
         if not self.whole_request:
             # What came with the head is read before anything is sent: bad framing in it reaches no endpoint.
-            self._body = Intake(self.fields.length)
+            self._body = Intake(self.fields.length, self.down.limits.fields)
             rest = self._take(data)
             if self.ended:
                 return b""

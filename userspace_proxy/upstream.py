@@ -135,7 +135,7 @@ class Upstream(asyncio.Protocol):
                 exchange.head(answer, length, data[end:], False)
         elif length == CHUNKED:
             self._stage = CHUNKS
-            self.chunks = Dechunker()
+            self.chunks = Dechunker(self._proxy.limits.fields)
             self._read_chunks(exchange, answer, data[end:])
         else:
             self._stage = CLOSING
