@@ -172,7 +172,7 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
     layout = abi.layout(sizes) + ("" if cookies else "-nocookie") + ("" if fields_of_kernel else "-noredirect")
     maps, stage = instance.maps(layout), instance.pins / "stage"
     for folder in (instance.pins.parent, instance.pins, maps, instance.programs, instance.links, stage):
-        folder.mkdir(mode=0o700, exist_ok=True)
+        _make_own(folder)
     yield "folders"
     defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
     defines["NETNS_COOKIES"] = int(cookies)
@@ -201,6 +201,12 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
         yield "state written"
     finally:
         dataplane.close()
+
+
+def _make_own(folder: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    environment.require_own(folder)
 
 
 def _refuse_shared(instance: Instance, cgroups: Sequence[Path]) -> None:
@@ -244,6 +250,25 @@ def _attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path) -> I
             libbpf.pin(link, pin)
             os.close(link)
         yield f"{hook} on {cgroup.name}"
+
+
+def reattach(instance: Instance, cgroups: Sequence[Path]) -> list[Path]:
+    """Lead cgroups that were removed and made anew since the attach, by the programs that it kept; returns them. Those
+    that do not exist now are left for the next time. The caller holds the instance's lock.
+    """
+    linked = {pin.name for pin in instance.links.iterdir()}
+    inodes, anew = set(), []
+    for cgroup in cgroups:
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(str(cgroup.stat().st_ino))
+            if any(f"{cgroup.stat().st_ino}-{hook}" not in linked for hook in CGROUP_HOOKS):
+                for _ in _attach_hooks(instance, [cgroup], instance.programs):
+                    pass
+                anew.append(cgroup)
+    for pin in instance.links.iterdir() if anew else ():
+        if pin.name.split("-")[0] not in inodes:  # of a cgroup that is no more
+            pin.unlink()
+    return anew
 
 
 @contextlib.contextmanager
@@ -334,6 +359,9 @@ def detach(instance: Instance, lose_unread: bool = False) -> list[str]:
     removed: list[str] = []
     kept: list[Path] = []
     unread = 0
+    for folder in (instance.pins.parent, instance.pins):
+        if folder.exists():
+            environment.require_own(folder)
     if instance.links.is_dir():
         order = {hook: index for index, hook in enumerate(reversed(CGROUP_HOOKS))}
         for pin in sorted(instance.links.iterdir(), key=lambda pin: order.get(pin.name.split("-")[-1], 99)):

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+import pwd
 import socket
+import stat
 from pathlib import Path
 
 from loader import libbpf
@@ -58,7 +60,35 @@ def require_bpffs() -> None:
         return
     if libbpf.libc().mount(b"bpf", os.fsencode(BPFFS), b"bpf", ct.c_ulong(0), b"mode=0700") != 0:
         number = ct.get_errno()
-        raise EnvironmentLack(f"bpffs is not mounted at {BPFFS} ({os.strerror(number)})", f"mount -t bpf bpf {BPFFS}")
+        raise EnvironmentLack(
+            f"bpffs is not mounted at {BPFFS} ({os.strerror(number)})", f"mount -t bpf -o mode=0700 bpf {BPFFS}"
+        )
+
+
+def require_own(folder: Path) -> None:
+    """`folder` is a directory of ours that nobody else may enter: bpffs is often mounted for everybody to write in, and
+    whoever made the folder before us could exchange our pins. Raises EnvironmentLack.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        what = "is no directory"
+    elif found.st_uid != os.geteuid():
+        what = f"belongs to {_user(found.st_uid)}, not to {_user(os.geteuid())}"
+    elif found.st_mode & 0o077:
+        what = f"is open to others than {_user(found.st_uid)} (mode {found.st_mode & 0o777:o})"
+    else:
+        return
+    raise EnvironmentLack(
+        f"{folder} {what}",
+        f"look who made it, then rm -r {folder}; keep others out: mount -o remount,mode=0700 {BPFFS}",
+    )
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
 
 
 def check_cgroup(path: Path, allow_root: bool = False) -> Path:

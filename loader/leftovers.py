@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loader import dataplane, environment, instance
 from loader.instance import Instance
-from meshbpf.errors import Busy
+from meshbpf.errors import MeshError
 
 NAME = re.compile(r"selftest-([0-9]+)")
 
@@ -36,7 +36,7 @@ def _swept(name: str, pid: str) -> bool:
             dataplane.detach(left, lose_unread=True)
             with contextlib.suppress(FileNotFoundError):
                 cgroup.rmdir()
-    except (Busy, OSError):  # it lives, or it is being swept by somebody else
+    except (MeshError, OSError):  # it lives, is being swept by somebody else, or is not ours
         return False
     return True
 
