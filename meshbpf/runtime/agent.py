@@ -86,6 +86,7 @@ class Agent:
         self.acceleration = "off"
         self.acceleration_why = "the self-test has not run yet"
         self._trial: asyncio.Task[None] | None = None
+        self.gone: list[str] = []  # cgroups that the last scan did not find
         self._needed: list[asyncio.Task[Any]] = []
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
         self._unwritten = False  # the state file is older than the mesh
@@ -278,11 +279,21 @@ class Agent:
         while True:
             await asyncio.sleep(SCAN_SECONDS)
             try:
+                self._lead_anew()
                 self.namespaces.scan()
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
             if self._unwritten:
                 await self._note()
+
+    def _lead_anew(self) -> None:
+        """A cgroup is removed and made anew when its unit restarts: nothing leads the new one until we do."""
+        for path in dataplane.reattach(self.options.instance, self.options.cgroups):
+            log.warning("cgroup was made anew: leading it again cgroup=%s", path)
+        gone = [str(path) for path in self.options.cgroups if not path.is_dir()]
+        if gone and gone != self.gone:
+            log.warning("cgroup is gone: its programs are not led cgroups=%s", ",".join(gone))
+        self.gone = gone
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT, then drain."""

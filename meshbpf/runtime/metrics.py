@@ -40,6 +40,8 @@ class Metrics:
         agent = self._agent
         if dead := agent.dead:
             return dead
+        if gone := self._gone():
+            return gone
         return None if agent.ready else f"{agent.supervisor.ready} of {agent.workers} workers serve the newest mesh"
 
     async def _page(self, accept: str) -> tuple[bytes, str]:
@@ -96,11 +98,17 @@ class Metrics:
             "generation": agent.mesh.generation,
             "sources": self._sources.report(),
             "error": "; ".join(
-                filter(None, (agent.dead, agent.apply_error, agent.supervisor.refusal, agent.supervisor.trouble))
+                filter(
+                    None,
+                    (self._gone(), agent.dead, agent.apply_error, agent.supervisor.refusal, agent.supervisor.trouble),
+                )
             ),
             "namespaces": len(agent.namespaces.served),
             "endpoints": self._endpoints(),
         }
+
+    def _gone(self) -> str:
+        return f"cgroup is gone: {', '.join(self._agent.gone)}" if self._agent.gone else ""
 
     def _endpoints(self) -> dict[str, dict[str, Any]]:
         """`service endpoint` → how often it served and failed, and how it failed last."""

@@ -120,3 +120,20 @@ def test_an_orphan_ends_by_a_signal(machine: Machine) -> None:
     os.kill(worker, signal.SIGTERM)
     until(lambda: not alive(worker), "the orphan has ended")
     assert machine.curl(URL)["endpoint"] == "a"  # onProxyDown: direct
+
+
+def test_a_cgroup_that_is_made_anew_is_led_again(machine: Machine) -> None:
+    """`systemctl restart` of an application removes its cgroup and makes another one of the same name."""
+    machine.configure(service("orders", ADDRESS, [machine.endpoint("a")]))
+    machine.run_agent()
+    assert machine.curl(URL)["endpoint"] == "a"
+    until(machine.removed_cgroup, "the cgroup is gone")
+    until(lambda: machine.readyz() == (503, f"not ready: cgroup is gone: {machine.cgroup}\n"), "not ready")
+    assert "cgroup is gone" in machine.agent_says()["error"]
+    machine.cgroup.mkdir()
+    machine.until_logged("leading it again")
+    assert machine.curl(URL)["endpoint"] == "a"
+    until(lambda: machine.readyz() == (200, "ready\n"), "ready again")
+    assert not machine.agent_says()["error"]
+    inode = machine.cgroup.stat().st_ino
+    assert {pin.name.split("-")[0] for pin in machine.instance.links.iterdir()} == {str(inode)}

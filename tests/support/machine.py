@@ -28,6 +28,7 @@ from meshbpf.cli import ask
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 20.0
 Done = subprocess.CompletedProcess[str]
+ACCIDENTS = ("Exception in callback", "Traceback", "task died")  # never in the agent's log
 CLI = (sys.executable, "-m", "meshbpf.cli")
 
 
@@ -106,19 +107,22 @@ class Machine:
             subprocess.run(["ip", "netns", "del", name], check=True)
         self._remove_cgroup()
         if kind is None:
+            log = self.log() if self.agent_log.exists() else ""
+            assert not [word for word in ACCIDENTS if word in log], log
             assert detached.returncode == 0, detached.stderr
             assert not self.instance.pins.exists() and not self.instance.run.exists(), "something is left"
 
     def _remove_cgroup(self) -> None:
-        def empty() -> bool:
-            for folder in [*sorted(self.cgroup.rglob("*/"), reverse=True), self.cgroup]:
-                try:
-                    folder.rmdir()
-                except OSError:
-                    return False
-            return True
+        until(self.removed_cgroup, f"{self.cgroup} is empty")
 
-        until(empty, f"{self.cgroup} is empty")
+    def removed_cgroup(self) -> bool:
+        """Remove the cgroup and those below it; whether that worked: processes take a moment to end."""
+        for folder in [*sorted(self.cgroup.rglob("*/"), reverse=True), self.cgroup]:
+            try:
+                folder.rmdir()
+            except OSError:
+                return False
+        return True
 
     # --- configuration -------------------------------------------------------------------------------------------
 
@@ -194,6 +198,13 @@ class Machine:
         answer = ask.get(self.instance, "/v1/status")
         assert answer is not None, "no agent"
         return answer
+
+    def readyz(self) -> tuple[int, str]:
+        """Status code and text."""
+        url = f"http://127.0.0.1:{self.admin_port}/readyz"
+        command = ["curl", "-sS", "--max-time", "5", "-w", "%{http_code}", url]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return int(out[-3:]), out[:-3]
 
     def log(self) -> str:
         return self.agent_log.read_text()
