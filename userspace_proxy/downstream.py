@@ -81,9 +81,24 @@ class Downstream(asyncio.Protocol):
             self._deaf = RELAYS
             proxy.loop.call_soon(self._relay)  # the loop begins to read behind us: the relay must come after that
             return
-        if proxy.accelerator is not None and self.route is not None and self.route.accelerated:
-            self.shortcut = Shortcut(proxy.accelerator, self.limits.join_after)
+        self._shorten()
         proxy.wheel.at(self, self.now() + self.limits.keep_alive)
+
+    def _shorten(self) -> None:
+        proxy, route = self.proxy, self.route
+        if proxy.accelerator is not None and route is not None and route.accelerated and self.shortcut is None:
+            self.shortcut = Shortcut(proxy.accelerator, self.limits.join_after)
+
+    def _search(self, data: bytes) -> bool:
+        """Look up again what was dialled, which had left the mesh or not come; is it relayed from now on?"""
+        route = self.route = self.proxy.table.by_address.get((self.origin.address, self.origin.port))
+        if route is not None and not route.http and self._served == 0:
+            self._deaf = RELAYS
+            self._parked = data
+            self._relay()
+            return True
+        self._shorten()
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.origin is None:
@@ -204,6 +219,8 @@ class Downstream(asyncio.Protocol):
     def _await_head(self, data: bytes) -> None:
         """Keep part of a head, unless it is already clear that it can be no good."""
         limits = self.limits
+        if self.route is None and self._search(data):
+            return
         self._parked = data
         if not self._headed:
             self._headed = True
@@ -217,9 +234,14 @@ class Downstream(asyncio.Protocol):
         """Begin the exchange whose head ends at `end`; returns the bytes behind its request."""
         limits = self.limits
         self._headed = False
+        route = self.route
+        if route is None or route.retired:
+            if self._search(data):
+                return b""
+            route = self.route
         line = LINE.match(data)
         if line is None or end > limits.head or line.end() > limits.request_line + 2:
-            if data.startswith(PREFACE) and self._served == 0 and self.route is not None:
+            if data.startswith(PREFACE) and self._served == 0 and route is not None:
                 self._deaf = RELAYS
                 self._parked = data
                 self._relay()
@@ -231,7 +253,6 @@ class Downstream(asyncio.Protocol):
         lines = data[at : end + 2]
         name = METHODS.get(method) or method.decode()
         path = target.decode("latin-1")
-        route = self.route
         known = route.heads.get(lines) if route is not None else None
         if known is not None and version == b"1" and target[0] == 47 and method != b"CONNECT":
             fields = known
@@ -257,7 +278,7 @@ class Downstream(asyncio.Protocol):
         record.trace_id = fields.trace_id
         record.user_agent = fields.user_agent
         record.x_forwarded_for = fields.forwarded_for
-        exchange = self.exchange = Exchange(self, self.route, fields, request, record, started)
+        exchange = self.exchange = Exchange(self, route, fields, request, record, started)
         rest = exchange.start(data[end + 4 :])
         if self.shortcut is not None and exchange.whole_request and not rest:
             self.shortcut.asked(self.netns, self.transport)
@@ -383,6 +404,5 @@ class Downstream(asyncio.Protocol):
         if self.lost or route is None:
             return
         self.lost = True
-        self.proxy.closed(self)
         self.proxy.wheel.drop(self)
-        self.proxy.relay(self.transport, route, self.origin, self._remote, self._parked, self.eof)
+        self.proxy.relay(self, route, self._remote, self._parked)

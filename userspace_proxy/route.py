@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from userspace_proxy.pool import Pool
     from userspace_proxy.upstream import Upstream
 
-Identity = tuple[str, str, str, int]
+Identity = tuple[str, str, int, str, int]
 
 
 class Target(Host):
@@ -39,7 +39,7 @@ class Route:
 
     __slots__ = (
         "accelerated", "balancer", "dialled", "heads", "in_flight", "per_try", "policy", "pool", "port", "protocol",
-        "request", "service", "source", "targets",
+        "request", "retired", "service", "source", "targets",
     )  # fmt: skip
 
     def __init__(self, service: str, port: Port, pool: Callable[[Route], Pool], in_flight: list[int]) -> None:
@@ -52,6 +52,7 @@ class Route:
         self.balancer: Balancer[Target] = balancer(DEFAULT_POLICY.load_balancer.simple, ())
         self.in_flight = in_flight
         self.accelerated = True
+        self.retired = False  # left the mesh: look up anew what was dialled
         self.request = 0.0
         self.per_try = 0.0
         self.dialled = f"{service}:{port.port}".encode()
@@ -119,6 +120,7 @@ class Table:
             target.gone = True
         for key, route in self._routes.items():
             if key not in routes:
+                route.retired = True
                 route.targets = ()
                 route.balancer = balancer(DEFAULT_POLICY.load_balancer.simple, ())
         self._routes, self._targets, self.by_address = routes, targets, by_address
@@ -134,7 +136,7 @@ class Table:
             if number is None:
                 continue
             address = canonical(endpoint.address)
-            key = (*service.id, address, number)
+            key = (*service.id, port.port, address, number)
             target = into.get(key) or self._targets.get(key)
             if target is None:
                 target = Target(address, number)

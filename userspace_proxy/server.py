@@ -20,7 +20,7 @@ from meshbpf.tasks import spawn
 from userspace_proxy.acceleration import Accelerator
 from userspace_proxy.downstream import Downstream
 from userspace_proxy.limits import DEFAULT_LIMITS, Limits
-from userspace_proxy.origin import Lookup, Origin
+from userspace_proxy.origin import Lookup
 from userspace_proxy.pool import Pool
 from userspace_proxy.requestid import RequestIds
 from userspace_proxy.route import Route, Table, Target
@@ -72,7 +72,7 @@ class Proxy:
         self.draining = False
         self._stats = stats if stats is not None else Stats()
         self.table = Table(partial(Pool, self), self._stats.in_flight)
-        self._connections: set[Downstream] = set()
+        self._connections: dict[Downstream, str] = {}  # … and the service that each is counted for
         self._listeners: dict[int, list[socket.socket]] = {}
         self._servers: dict[socket.socket, Listener] = {}
         self._idle: asyncio.Event | None = None
@@ -147,27 +147,27 @@ class Proxy:
         self._stats.verdict(Reason.NO_ORIGIN)
 
     def opened(self, connection: Downstream) -> None:
-        self._connections.add(connection)
         route = connection.route
-        service = route.service if route is not None else ""
+        service = self._connections[connection] = route.service if route is not None else ""
         self._stats.opened("outbound", connection.origin.workload, service, "proxy")
 
     def closed(self, connection: Downstream) -> None:
-        if connection in self._connections:
-            self._connections.remove(connection)
-            route = connection.route
-            self._stats.closed(route.service if route is not None else "", "proxy")
-            if self._idle is not None and not self._connections:
-                self._idle.set()
+        service = self._forget(connection)
+        if service is not None:
+            self._stats.closed(service, "proxy")
+
+    def _forget(self, connection: Downstream) -> str | None:
+        service = self._connections.pop(connection, None)
+        if self._idle is not None and not self._connections:
+            self._idle.set()
+        return service
 
     def attempt(self, service: str, endpoint: str, outcome: str) -> None:
         self._stats.attempt(service, endpoint, outcome)
 
-    def relay(
-        self, transport: asyncio.Transport, route: Route, origin: Origin, remote: str, initial: bytes, eof: bool
-    ) -> None:
-        """Hand `transport` to the TCP relay, for a port that is not HTTP or a caller that speaks HTTP/2."""
-        self._stats.opened("outbound", origin.workload, route.service, "proxy")
+    def relay(self, connection: Downstream, route: Route, remote: str, initial: bytes) -> None:
+        """Hand a connection to the TCP relay, for a port that is not HTTP or a caller that speaks HTTP/2."""
+        counted, origin = self._forget(connection), connection.origin
         tried: Target | None = None
 
         def pick() -> Target | None:
@@ -182,12 +182,13 @@ class Proxy:
         def ended(record: Record) -> None:
             if route.http and record.reason is None:
                 record.reason = Reason.HTTP2_NOT_YET.word
-            self._stats.closed(route.service, "proxy")
+            if counted is not None:
+                self._stats.closed(counted, "proxy")
             self.sink(record)
 
         relay(
             self.loop,
-            transport,
+            connection.transport,
             pick=pick,
             make_socket=self.make_socket,
             netns=origin.netns,
@@ -195,6 +196,6 @@ class Proxy:
             sink=ended,
             policy=route.policy,
             initial=initial,
-            eof=eof,
+            eof=connection.eof,
             attempted=attempted,
         )

@@ -112,7 +112,7 @@ async def test_a_service_that_left_is_unknown_to_open_connections(bed: Bed) -> N
     assert (await caller.ask(GET))[0] == 200
     mesh = bed.mesh(endpoint)
     bed.proxy.use(Mesh())
-    assert (await caller.ask(GET))[0] == 503
+    assert (await caller.ask(GET))[0] == 404
     assert (await (await bed.caller()).ask(GET))[0] == 404
     bed.proxy.use(mesh)
 
