@@ -17,6 +17,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 setup: packages $(VENV)/.run ## what demo and test need first: system packages, .venv, meshbpf in it
+	$(if $(filter setup,$(MAKECMDGOALS)),@echo ready: $(VENV)/bin/meshbpf)
 packages:
 	@$(PROVISION) run
 

@@ -88,7 +88,8 @@ class Keeper:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._client.delete(self._wanted.service, self._wanted.id)
         except (RegistryAway, RegistryRefused, TimeoutError) as error:
-            self._say(f"{self._name} not deregistered, its lease ends by itself: {error or 'no answer'}")
+            why = away(self._client, error) if isinstance(error, RegistryAway) else error or "no answer"
+            self._say(f"{self._name} not deregistered, its lease ends by itself: {why}")
             return False
         self._maybe_in = self._upkeep.registered = False
         self._say(f"{self._name} deregistered")

@@ -9,6 +9,7 @@ import typer
 
 from meshbpf.cli import change, check, demo, read, registry
 from meshbpf.errors import MeshError
+from meshbpf.schema import ConfigErrors
 
 app = typer.Typer(
     name="meshbpf",
@@ -26,6 +27,11 @@ for group in (change, read, check, registry, demo):
 def main() -> None:
     try:
         app()
+    except ConfigErrors as error:
+        # One fault is one line; several begin with their number, so that every fault looks the same.
+        several = len(error.errors) > 1
+        print(f"meshbpf: {len(error.errors)} faults\n{error}" if several else f"meshbpf: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except MeshError as error:
         print(f"meshbpf: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -18,6 +18,7 @@ from meshbpf import logs
 from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
+from meshbpf.cli.output import counted
 from meshbpf.errors import EnvironmentLack, MeshError, NotFound
 from meshbpf.runtime import cgroup
 
@@ -37,7 +38,8 @@ def attach(
     instance: InstanceName = "default",
     allow_root_cgroup: AllowRoot = False,
 ) -> None:
-    """Compile, load, pin, attach and fill the tables, then exit: direct ports work with no process at all."""
+    """Load the programs, fill the tables, attach, then exit. Direct ports then work with no process at all."""
+    from meshbpf.runtime import orphans
     from meshbpf.runtime.sources import last_generation, once
 
     environment.require_capabilities()
@@ -46,14 +48,20 @@ def attach(
     leftovers.sweep()
     with target.lock():
         mesh = asyncio.run(once(options.configuration(config), instance, last_generation(target) + 1))
+        # Workers that outlived their agent are led callers of whatever the tables say: they have to know it first.
+        if not asyncio.run(orphans.keep_up(target, mesh, paths)) and (found := dataplane.open_pins(target)):
+            found[0].set_agent(0, 0)  # onProxyDown is better than a worker that closes what it does not know
+            found[0].close()
         dataplane.attach(target, paths, mesh)
     choices = [choose(port, mesh.policy_for(service)) for service in mesh.services for port in service.ports]
     governed = sum(1 for choice in choices if choice.carrier is not Carrier.DIRECT)
     typer.echo(
-        f"attached {instance} to {', '.join(map(str, paths))}: {len(mesh.services)} services, {len(choices)} ports"
+        f"attached {instance} to {', '.join(map(str, paths))}: "
+        f"{counted(len(mesh.services), 'service')}, {counted(len(choices), 'port')}"
     )
     if governed:
-        typer.echo(f"{governed} ports are governed: they follow onProxyDown until `meshbpf run`")
+        are = "is governed: it follows" if governed == 1 else "are governed: they follow"
+        typer.echo(f"{counted(governed, 'port')} {are} onProxyDown until `meshbpf run`")
 
 
 def run(
@@ -81,11 +89,12 @@ def run(
 def execute(
     command: Annotated[list[str], typer.Argument(help="what to become")],
     cgroup_: Annotated[
-        Path | None, typer.Option("--cgroup", help="default: the first one that the instance leads")
+        Path | None,
+        typer.Option("--cgroup", help="default: the first one that the instance leads", envvar="MESHBPF_EXEC_CGROUP"),
     ] = None,
     instance: InstanceName = "default",
 ) -> None:
-    """Join the cgroup (made when missing), then become CMD: how a program enters the mesh on a plain host."""
+    """Join the cgroup, then become CMD. The cgroup is made when missing; this puts any program into the mesh."""
     if cgroup_ is None:
         try:
             named = Instance(instance).read_state().get("cgroups")
@@ -114,8 +123,11 @@ def execute(
         raise MeshError(f"cannot run {command[0]}: {error.strerror}") from error
 
 
-def detach(instance: InstanceName = "default") -> None:
-    """Take everything of that instance away; exit 0 when nothing was there."""
+def detach(
+    instance: InstanceName = "default",
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="name every table too")] = False,
+) -> None:
+    """Take everything of that instance away. Exit 0 when nothing was there."""
     from meshbpf.runtime import stop
 
     environment.require_capabilities()
@@ -127,5 +139,10 @@ def detach(instance: InstanceName = "default") -> None:
     if not any(not line.startswith("run directory") for line in removed):
         typer.echo(f"nothing attached as {instance}")
         return
+    tables = [line for line in removed if line.startswith("map ")]
     for line in removed:
-        typer.echo(f"removed {line}")
+        if verbose or line not in tables:
+            typer.echo(f"removed {line}")
+        elif line == tables[0]:
+            typer.echo(f"removed {counted(len(tables), 'map')}")
+    typer.echo(f"detached {instance}: connections that are open stay, the cgroups too")

@@ -29,7 +29,7 @@ def check(
     wait: Annotated[str, typer.Option("--wait", help="look again until there is no error, at most this long")] = "0s",
     form: Output = "table",
 ) -> None:
-    """What this machine can do, and whether the instance works: ok, warning or error, each with its remedy."""
+    """What this machine can do, and whether the instance works. Each row is ok, or has its remedy."""
     output.check_format(form)
     try:
         deadline = time.monotonic() + durations.parse(wait)

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo() -> None:
-    """Small services in namespaces of their own, real calls, one planted fault; under 30 s; leaves nothing."""
+    """Small services, real calls, one planted fault. In namespaces of their own, under 30 s; leaves nothing."""
     from meshbpf.demo import cleanup
     from meshbpf.demo.play import Play
     from meshbpf.demo.scene import Scene, agent_says

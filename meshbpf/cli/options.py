@@ -10,7 +10,7 @@ import typer
 
 from loader import environment
 from loader.instance import Instance
-from meshbpf.errors import MeshError
+from meshbpf.errors import ConfigError, EnvironmentLack, MeshError
 
 Cgroups = Annotated[
     list[Path],
@@ -42,7 +42,7 @@ InstanceName = Annotated[
     ),
 ]
 AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
-Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml")]
+Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml", envvar="MESHBPF_OUTPUT")]
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -66,6 +66,9 @@ DEFAULT_CONFIG = Path("/etc/meshbpf")
 
 
 def configuration(paths: list[Path] | None) -> list[Path]:
+    """The named files, else the default directory. Raises ConfigError when there is neither."""
+    if not paths and not DEFAULT_CONFIG.exists():
+        raise ConfigError(str(DEFAULT_CONFIG), "does not exist: name a file or directory with -c")
     return paths or [DEFAULT_CONFIG]
 
 
@@ -76,4 +79,11 @@ def below_mount(path: Path) -> Path:
 
 def cgroups(paths: list[Path], allow_root: bool) -> tuple[Path, ...]:
     """Checked cgroup directories, each once. Raises EnvironmentLack with the remedy."""
-    return tuple(dict.fromkeys(environment.check_cgroup(below_mount(path), allow_root) for path in paths))
+    try:
+        return tuple(dict.fromkeys(environment.check_cgroup(below_mount(path), allow_root) for path in paths))
+    except EnvironmentLack as error:
+        if not any(path.is_absolute() for path in paths):
+            raise
+        # Who wrote an absolute path may not know where this machine has the mount, nor that it need not be written.
+        relative = "a name without a leading / is below the cgroup2 mount, such as --cgroup shop"
+        raise EnvironmentLack(error.what, f"{error.remedy}; {relative}") from error

@@ -39,8 +39,19 @@ def opened(name: str) -> tuple[Instance, Dataplane, Mesh]:
     return instance, *found
 
 
-def services(instance: InstanceName = "default", form: Output = "table") -> None:
-    """What is called: addresses, ports, the carrier of each and why (-o hosts: lines for /etc/hosts)."""
+def services(
+    instance: InstanceName = "default",
+    form: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="table, wide, json, yaml, or hosts: lines for /etc/hosts",
+            envvar="MESHBPF_OUTPUT",
+        ),
+    ] = "table",
+) -> None:
+    """What is called: addresses, ports, and the carrier of each. With the reason why it is that carrier."""
     output.check_format(form, ("hosts",))
     _instance, plane, mesh = opened(instance)
     if form == "hosts":
@@ -58,7 +69,7 @@ def endpoints(
     instance: InstanceName = "default",
     form: Output = "table",
 ) -> None:
-    """Who serves: every endpoint, its state, and what the proxy saw of it."""
+    """Who serves: each endpoint, and what the proxy saw of it."""
     output.check_format(form)
     target, plane, mesh = opened(instance)
     only = view.find(mesh, service) if service else None
@@ -76,7 +87,7 @@ def status(
     form: Output = "table",
     brief: Annotated[bool, typer.Option("--brief", help="one line")] = False,
 ) -> None:
-    """Attached where, which mesh, how old, the agent and its workers, carriers in use, how full the tables are."""
+    """Where it is attached, the mesh, the agent, the tables. Also how old the mesh is, and the carriers in use."""
     output.check_format(form)
     target, plane, mesh = opened(instance)
     whole = _status(target, plane, mesh, ask.get(target, "/v1/status"))
@@ -85,7 +96,8 @@ def status(
     elif brief:
         agent = whole["agent"]
         running = f"agent {agent['pid']}, {agent['ready']}/{agent['workers']} workers" if agent else "no agent"
-        typer.echo(f"{instance}: {len(whole['cgroups'])} cgroups, {len(mesh.services)} services, {running}")
+        cgroups, count = output.counted(len(whole["cgroups"]), "cgroup"), output.counted(len(mesh.services), "service")
+        typer.echo(f"{instance}: {cgroups}, {count}, {running}")
     else:
         _print_status(whole)
 
@@ -122,7 +134,8 @@ def _print_status(whole: dict[str, Any]) -> None:
     lines.append(
         (
             "MESH",
-            f"generation {whole['generation']}, {output.age(whole['age_seconds'])} old, {whole['services']} services",
+            f"generation {whole['generation']}, {output.age(whole['age_seconds'])} old, "
+            + output.counted(whole["services"], "service"),
         )
     )
     lines.append(("CARRIERS", ", ".join(f"{name} {count}" for name, count in sorted(whole["carriers"].items())) or "-"))
@@ -153,7 +166,7 @@ def _print_status(whole: dict[str, Any]) -> None:
 
 
 def reasons(instance: InstanceName = "default", form: Output = "table") -> None:
-    """Every verdict of the kernel programs, counted by reason, with what the reason means."""
+    """Every verdict of the kernel programs, by reason, counted. With what the reason means."""
     output.check_format(form)
     _instance, plane, _mesh = opened(instance)
     rows = explaining.verdicts(plane.counters())
@@ -161,11 +174,13 @@ def reasons(instance: InstanceName = "default", form: Output = "table") -> None:
 
 
 def explain(
-    target: Annotated[str, typer.Argument(help="a service or ADDRESS:PORT")],
+    target: Annotated[str, typer.Argument(help="a service, SERVICE:PORT or ADDRESS:PORT")],
     instance: InstanceName = "default",
     form: Output = "table",
 ) -> None:
-    """What a connect would do, step by step, why not otherwise, and where each value comes from."""
+    """What a connect would do, step by step, and why. Each value says where it comes from. Where a past call went is
+    in the access log and in the counters of `reasons`.
+    """
     output.check_format(form)
     _instance, plane, mesh = opened(instance)
     steps = explaining.explain(plane, mesh, target)
@@ -178,9 +193,13 @@ def explain(
 
 
 def validate(paths: Annotated[list[Path], typer.Argument(help="files or directories")]) -> None:
-    """Check a configuration: exit 65 with file:line:column for every fault."""
+    """Check a configuration; no root, nothing is changed. Exit 65 with file:line:column for every fault."""
     mesh = load(paths)
-    typer.echo(f"valid: {len(mesh.services)} services, {len(mesh.policies)} policies")
+    if not mesh.services:
+        typer.echo("valid, but names no service")
+        return
+    policies = output.counted(len(mesh.policies), "policy", "policies")
+    typer.echo(f"valid: {output.counted(len(mesh.services), 'service')}, {policies}")
 
 
 def version(form: Output = "table") -> None:

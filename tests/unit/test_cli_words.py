@@ -1,0 +1,90 @@
+"""What a newcomer reads of the command line: help that fits a terminal, remedies, one fault a line, one and many."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from meshbpf import cli
+from meshbpf.cli import options
+from meshbpf.cli.output import counted
+from meshbpf.errors import ConfigError, EnvironmentLack
+
+SERVICE = "apiVersion: meshbpf.io/v1\nkind: Service\nmetadata: {name: orders}\nspec: {ports: [{name: a, port: 1}]}\n"
+
+
+def shown(*arguments: str) -> str:
+    return CliRunner().invoke(cli.app, [*arguments], env={"COLUMNS": "80"}).output
+
+
+COMMANDS = re.findall(r"^  (\w+)  ", shown("--help").partition("Commands:")[2], re.M)
+
+
+def test_the_list_of_commands_is_not_cut() -> None:
+    assert len(COMMANDS) > 10
+    assert "..." not in shown("--help").partition("Commands:")[2]
+    assert max(map(len, shown("--help").splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_shows_the_name_of_a_python_variable(command: str) -> None:
+    assert re.findall(r"MESHBPF_\w*(?:FORM|_)\b", re.sub(r"\s+", " ", shown(command, "--help"))) == []
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]) -> object:
+    monkeypatch.setattr(sys, "argv", ["meshbpf", *arguments])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    return ending.value.code
+
+
+def test_every_fault_of_several_is_a_line_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{SERVICE}---\nkind: X\n---\nkind: Y\n")
+    assert ended(monkeypatch, ["validate", str(file)]) == 65
+    first, *faults = capsys.readouterr().err.splitlines()
+    assert first == "meshbpf: 2 faults"
+    assert [fault.startswith(f"{file}:") for fault in faults] == [True, True]
+    file.write_text("kind: X\n")
+    assert ended(monkeypatch, ["validate", str(file)]) == 65
+    (fault,) = capsys.readouterr().err.splitlines()
+    assert fault.startswith(f"meshbpf: {file}:1:7: unknown kind")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "valid, but names no service\n"), (SERVICE, "valid: 1 service, 0 policies\n")]
+)
+def test_what_validate_says_of_a_good_file(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    assert shown("validate", str(file)) == says
+
+
+def test_no_configuration_says_which_option_names_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "DEFAULT_CONFIG", tmp_path / "none")
+    with pytest.raises(ConfigError, match="does not exist: name a file or directory with -c"):
+        options.configuration(None)
+    assert options.configuration([tmp_path]) == [tmp_path]
+
+
+def test_an_absolute_cgroup_that_is_none_hears_of_relative_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, _allow_root: bool) -> Path:
+        raise EnvironmentLack(f"{path} is not a cgroup2 directory", "choose one below /mnt")
+
+    monkeypatch.setattr(options.environment, "check_cgroup", refuse)
+    with pytest.raises(
+        EnvironmentLack, match=r"choose one below /mnt; a name without a leading / is below the cgroup2"
+    ):
+        options.cgroups([Path("/")], False)
+
+
+def test_one_and_many() -> None:
+    assert [counted(n, "port") for n in (0, 1, 2)] == ["0 ports", "1 port", "2 ports"]
+    assert counted(2, "policy", "policies") == "2 policies"
