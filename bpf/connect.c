@@ -15,6 +15,7 @@
 #define IPPROTO_TCP_ 6
 #define LISTENING 10
 #define CREATE 1
+#define LOOPBACK_DEVICE 1 /* its index in every namespace */
 
 struct destination {
 	u8 address[16];
@@ -158,6 +159,7 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	enum reason reason;
 	u32 service_id;
 	int zero = 0;
+	bool bound;
 
 	if (!service)
 		return false;
@@ -177,8 +179,13 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 
 	if (!origin)
 		count(PROGRAM_CONNECT, REASON_STORAGE_FULL);
+	/* From another device than the loopback nobody gets to the proxy, or to port 0 of it. */
+	bound = sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_DEVICE;
 	reason = REASON_DIRECT;
-	if (policy->carrier == CARRIED_PROXY) {
+	if (policy->carrier == CARRIED_PROXY && bound) {
+		reason = REASON_BOUND_TO_DEVICE;
+		count(PROGRAM_CONNECT, reason);
+	} else if (policy->carrier == CARRIED_PROXY) {
 		/* Without storage sockops could not tell the proxy where the call was going. */
 		reason = origin ? proxy_ready(ctx, state, ipv4) : REASON_STORAGE_FULL;
 		count(PROGRAM_CONNECT, reason);
@@ -187,7 +194,7 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 		refuse(to, ipv4); /* the loopback; the port follows */
 		to->port = state->proxy_port;
 		to->carrier = CARRIED_PROXY;
-	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE) {
+	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE && !bound) {
 		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
 		refuse(to, ipv4);
 	} else if (pick_endpoint(service_id, policy, ipv4_socket, to)) {

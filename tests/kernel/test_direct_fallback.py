@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -189,3 +190,42 @@ def test_a_caller_in_a_namespace_without_listener_is_told_of(
     assert [(event.netns, event.pid) for event in heard] == [(cookie, os.getpid())]
     assert untouched(proxy)
     assert untouched(endpoint)
+
+
+# --- who cannot reach the loopback -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def wired() -> Iterator[int]:
+    """Within: a fresh namespace with a cable `near` (198.18.0.1) to another (198.18.0.2), whose descriptor this is."""
+    with netns.fresh() as far, netns.fresh():
+        there = f"nsenter --net=/proc/{os.getpid()}/fd/{far}"
+        for command in (
+            f"{there} ip link add far type veth peer name near netns {os.getpid()}",
+            f"{there} ip address add 198.18.0.2/24 dev far",
+            f"{there} ip link set far up",
+            "ip address add 198.18.0.1/24 dev near",
+            "ip link set near up",
+        ):
+            subprocess.run(command.split(), check=True)
+        yield far
+
+
+@pytest.mark.parametrize("down", list(OnProxyDown))
+def test_a_socket_bound_to_a_device_goes_direct(ground: Ground, down: OnProxyDown) -> None:
+    """`curl --interface near`: it would never hear from the proxy's listener, which is on the loopback."""
+    with wired() as far, Listener(priority=abi.LISTENER_PRIORITY) as proxy:
+        with netns.inside(far):
+            endpoint = Listener("198.18.0.2")
+        with endpoint:
+            attach(ground, endpoint, down)
+            ground.proxy(proxy.port)
+            with ground.client() as sock, counted(ground, bound_to_device=1, direct=1):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"near")
+                sock.settimeout(3)
+                sock.connect((ADDRESS, 80))
+                assert reached(endpoint, proxy) is endpoint
+            with ground.client() as sock, counted(ground, proxy=1):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                sock.connect((ADDRESS, 80))
+                assert reached(endpoint, proxy) is proxy
