@@ -11,10 +11,13 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from loader.instance import Instance
+from meshbpf.model import Mesh
+from meshbpf.runtime import about
 from meshbpf.runtime.channel import Channel
 
 log = logging.getLogger("orphans")
@@ -53,11 +56,17 @@ class Orphan:
             return False
         return not self._gone.is_set()
 
-    async def use(self, about: bytes) -> None:
-        """Serve this mesh until the end: the kernel will lead callers of its new services to it too."""
+    async def use(self, about: bytes) -> bool:
+        """Serve this mesh until the end: the kernel leads callers of its new services to it too. Whether it does."""
         self._channel.send({"type": "mesh"}, blob=about)
-        if not await self.says("using"):
+        took = await self.says("using")
+        if not took:
             log.warning("an earlier worker does not take the new mesh: it serves the last one pid=%d", self.pid)
+        return took
+
+    def leave(self) -> None:
+        """Let it serve on by itself."""
+        self._channel.close()
 
     async def hand_over(self) -> list[tuple[int, list[int]]]:
         """(namespace, [its descriptor, listeners…]) for each namespace it serves; the descriptors become ours."""
@@ -120,3 +129,15 @@ async def greet(instance: Instance) -> list[Orphan]:
         if not answered:
             await orphan.kill("does not answer")
     return [orphan for orphan, answered in zip(found, answers, strict=True) if answered]
+
+
+async def keep_up(instance: Instance, mesh: Mesh, cgroups: Sequence[Path]) -> bool:
+    """Tell every worker without an agent this mesh, and leave it; whether all of them serve it now."""
+    found = await greet(instance)
+    if not found:
+        return True
+    told = about.pack(mesh, {"layout": "", "cgroups": [str(path) for path in cgroups], "cookie": 0, "redirect": False})
+    took = await asyncio.gather(*(orphan.use(told) for orphan in found))
+    for orphan in found:
+        orphan.leave()
+    return all(took)
