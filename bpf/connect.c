@@ -69,7 +69,7 @@ static __always_inline bool pick_endpoint(u32 service_id, const struct policy_va
 }
 
 /* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its socket
- * priority, which only CAP_NET_ADMIN can set. */
+ * priority, see LISTENER_PRIORITY in loader/abi.py for who can set it. */
 static __always_inline bool proxy_listens(struct bpf_sock_addr *ctx, const struct agent_state *state,
 					  bool ipv4)
 {

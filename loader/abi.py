@@ -56,7 +56,9 @@ class Program(IntEnum):
 REASON_STRIDE = KERNEL_REASONS
 COUNTERS = len(Program) * REASON_STRIDE  # index: Program * REASON_STRIDE + Reason
 HEARTBEAT_MAX_NS = 1_000_000_000
-LISTENER_PRIORITY = 0x6D62  # SO_PRIORITY above 6 needs CAP_NET_ADMIN: nobody else can pose as the proxy's listener
+# The mark of the proxy's listener. SO_PRIORITY above 6 takes CAP_NET_ADMIN, or CAP_NET_RAW on newer kernels, which
+# container engines give by default: it keeps out who is there by accident, not a container that poses as the proxy.
+LISTENER_PRIORITY = 0x6D62
 CREDIT_BYTES = 1 << 20  # promise 4
 PUBLISH_BYTES = 1 << 14  # how far a member's own count of redirected bytes may run ahead of the one its peer sees
 PROVEN = 1 << 32  # marks a proof: sequence numbers are 32 bits, and 0 is one of them

@@ -88,7 +88,10 @@ def machine(facts: MachineFacts) -> list[Finding]:
             "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y (all of Debian's and Ubuntu's are)", Result.WARNING,
         ),
         _judge("cgroup2", bool(facts.cgroup2), facts.cgroup2, "not mounted", "mount -t cgroup2 none /sys/fs/cgroup"),
-        _judge("bpffs", facts.bpffs, "/sys/fs/bpf", "not mounted at /sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"),
+        _judge(
+            "bpffs", facts.bpffs, "/sys/fs/bpf",
+            "not mounted at /sys/fs/bpf", "mount -t bpf -o mode=0700 bpf /sys/fs/bpf",
+        ),
         _judge(
             "netns-cookies", facts.netns_cookies, "one agent serves every network namespace",
             f"kernel {facts.release} cannot tell namespaces apart: only the agent's own is governed",

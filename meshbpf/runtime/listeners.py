@@ -37,7 +37,7 @@ class Served:
 def _listen(family: int, address: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # So that the connect hook knows this listener from a stranger's: above 6 it takes CAP_NET_ADMIN.
+        # So that the connect hook knows this listener from a stranger's, see there for who can set it.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, abi.LISTENER_PRIORITY)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((address, port))
