@@ -39,6 +39,7 @@ def attach(
     allow_root_cgroup: AllowRoot = False,
 ) -> None:
     """Load the programs, fill the tables, attach, then exit. Direct ports then work with no process at all."""
+    from meshbpf.runtime import orphans
     from meshbpf.runtime.sources import last_generation, once
 
     environment.require_capabilities()
@@ -47,6 +48,10 @@ def attach(
     leftovers.sweep()
     with target.lock():
         mesh = asyncio.run(once(options.configuration(config), instance, last_generation(target) + 1))
+        # Workers that outlived their agent are led callers of whatever the tables say: they have to know it first.
+        if not asyncio.run(orphans.keep_up(target, mesh, paths)) and (found := dataplane.open_pins(target)):
+            found[0].set_agent(0, 0)  # onProxyDown is better than a worker that closes what it does not know
+            found[0].close()
         dataplane.attach(target, paths, mesh)
     choices = [choose(port, mesh.policy_for(service)) for service in mesh.services for port in service.ports]
     governed = sum(1 for choice in choices if choice.carrier is not Carrier.DIRECT)
