@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loader.instance import Instance
-from meshbpf.model import EmbeddedRegistry, Mesh
+from meshbpf.model import EmbeddedRegistry, MapSizes, Mesh
 from meshbpf.registry import merge
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource
 from meshbpf.registry.store import Store
+from meshbpf.runtime import room
 from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 
@@ -42,6 +43,8 @@ class Sources:
         self._news = asyncio.Event()
         self._generation = generation
         self._problems: tuple[str, ...] = ()
+        self._sizes: MapSizes | None = None
+        self.crowded = ""  # what of the newest mesh has no room
 
     def start(self) -> list[asyncio.Task[None]]:
         """The tasks that must live for news to come."""
@@ -54,6 +57,8 @@ class Sources:
                 known.changed_at = time.time()
             if snapshot.error and (before is None or before.error != snapshot.error):
                 log.error("source keeps its last good state source=%s error=%s", known.source.name, snapshot.error)
+            elif before is not None and before.error and not snapshot.error:
+                log.info("source is well again source=%s", known.source.name)
             known.snapshot = snapshot
             self._news.set()
 
@@ -78,12 +83,17 @@ class Sources:
         snapshots = [known.snapshot for known in self._known if known.snapshot is not None]
         self._generation += 1
         merged = await united(snapshots, self.embedded.registrar.store, self._generation)
-        told = tuple(f"service={p.service} what={p.what} why={p.why}" for p in merged.problems)
+        self._sizes = self._sizes or merged.mesh.agent.maps  # the tables are made once
+        files = self._known[0].snapshot
+        named = {service.id for service in files.services} if files is not None else set()
+        mesh, crowded = room.fit(merged.mesh, named, self._sizes)
+        told = tuple(f"service={p.service} what={p.what} why={p.why}" for p in (*merged.problems, *crowded))
         for problem in told:
             if problem not in self._problems:
                 log.warning("left out of the mesh %s", problem)
         self._problems = told
-        return merged.mesh
+        self.crowded = "; ".join(f"{p.service} left out: {p.what} {p.why}" for p in crowded)
+        return mesh
 
     def report(self) -> list[dict[str, Any]]:
         """What `status` shows of every source."""

@@ -82,6 +82,7 @@ def test_a_bad_file_keeps_the_last_good_mesh_and_says_where(machine: Machine) ->
     machine.configure(service("orders", ADDRESS, [b]))
     until(lambda: not files(machine)["error"], "the fault is gone")
     until(lambda: machine.curl(URL)["endpoint"] == "b", "the mended file counts")
+    assert "source is well again source=files" in machine.log()
 
 
 def test_a_service_added_while_its_callers_retry(machine: Machine) -> None:
