@@ -97,15 +97,16 @@ class Metrics:
             "acceleration": f"{agent.acceleration} ({agent.acceleration_why})",
             "generation": agent.mesh.generation,
             "sources": self._sources.report(),
-            "error": "; ".join(
-                filter(
-                    None,
-                    (self._gone(), agent.dead, agent.apply_error, agent.supervisor.refusal, agent.supervisor.trouble),
-                )
-            ),
+            "error": self._trouble(),
             "namespaces": len(agent.namespaces.served),
             "endpoints": self._endpoints(),
         }
+
+    def _trouble(self) -> str:
+        """All that is not as it should be, worst first."""
+        agent = self._agent
+        found = (self._gone(), agent.dead, agent.apply_error, agent.supervisor.refusal, agent.supervisor.trouble)
+        return "; ".join(filter(None, (*found, self._sources.crowded)))
 
     def _gone(self) -> str:
         return f"cgroup is gone: {', '.join(self._agent.gone)}" if self._agent.gone else ""

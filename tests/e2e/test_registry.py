@@ -119,3 +119,17 @@ def test_a_taken_registry_port_ends_the_start_with_nothing_changed(machine: Mach
     assert str(machine.registry_port) in done.stderr
     assert "Traceback" not in done.stderr
     assert not machine.instance.pins.exists()
+
+
+def test_a_writer_that_fills_the_tables_stops_nobody_else(machine: Machine) -> None:
+    port = machine.endpoint("a")
+    machine.agent_spec["maps"] = {"slots": 4}
+    machine.configure(service("orders", ADDRESS, [port]))
+    machine.run_agent()
+    for number in range(6):
+        body = {"address": "127.0.0.1", "ports": {"main": {"port": 40000 + number, "protocol": "tcp"}}, "ttl": "60s"}
+        assert put(machine, f"hog/instances/x{number}", body) == 201
+    until(lambda: "hog" in machine.agent_says()["error"], "status names who is left out")
+    other = machine.endpoint("b")
+    machine.configure(service("orders", ADDRESS, [other]))
+    until(lambda: machine.curl(URL)["endpoint"] == "b", "the files are followed")

@@ -46,22 +46,11 @@ RUN_BY = {
     "meshbpf.cli.__main__": "e2e/test_thread.py",
     "meshbpf.demo.apps": "e2e/test_demo.py",
     "meshbpf.demo.caller": "e2e/test_demo.py",
-    "meshbpf.runtime.agent": "e2e/test_agent.py",
     "meshbpf.runtime.api": "e2e/test_registry.py",
-    "meshbpf.runtime.cgroup": "e2e/test_identity.py",
-    "meshbpf.runtime.channel": "e2e/test_workers.py",
-    "meshbpf.runtime.listeners": "e2e/test_namespaces.py",
     "meshbpf.runtime.main": "e2e/test_thread.py",
     "meshbpf.runtime.metrics": "e2e/test_metrics.py",
-    "meshbpf.runtime.namespaces": "e2e/test_namespaces.py",
-    "meshbpf.runtime.netns": "e2e/test_namespaces.py",
-    "meshbpf.runtime.orphans": "e2e/test_agent.py",
-    "meshbpf.runtime.ports": "e2e/test_identity.py",
     "meshbpf.runtime.sources": "e2e/test_reload.py",
     "meshbpf.runtime.stop": "e2e/test_agent.py",
-    "meshbpf.runtime.supervisor": "e2e/test_workers.py",
-    "meshbpf.runtime.worker": "e2e/test_workers.py",
-    "meshbpf.runtime.workload": "e2e/test_thread.py",
 }
 
 

@@ -1,0 +1,84 @@
+"""Leaves out of a mesh what the kernel's tables have no room for, so that no writer of a registry can stop everybody.
+
+What files say comes first and is never left out here: files alone that do not fit are refused as a whole, by `plan`.
+Then come endpoints that registries add to services of files, then services of registries, each by namespace and name;
+whichever does not fit any more is left out alone. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
+
+from loader.plan import TABLES, carried, shares
+from meshbpf.model import EndpointState, MapSizes, Mesh, Service
+from meshbpf.registry.instance import ServiceId
+from meshbpf.registry.merge import Problem
+
+MAX_SLOTS = 10_000  # of one service of a registry: a hundred endpoints with the most uneven weights
+
+
+@dataclass(slots=True)
+class _Used:
+    rows: Counter[str] = field(default_factory=Counter)
+    endpoints: set[tuple[str, int]] = field(default_factory=set)
+
+    def lack(self, service: Service, sizes: MapSizes, most_slots: int, instead: Service | None = None) -> str:
+        """Why the service does not fit beside what is used (in which it may stand `instead` of another); empty when it
+        fits, and then it is used.
+        """
+        rows, named = _rows(service)
+        rows["endpoints"] = len(named - self.endpoints)
+        if rows["slots"] > most_slots:
+            return f"needs {rows['slots']} slots, and a service of a registry may have {most_slots}"
+        if instead is not None:
+            rows.subtract(_rows(instead)[0])
+        for table in TABLES:
+            if self.rows[table] + rows[table] > getattr(sizes, table):
+                return f"does not fit into map {table}: raise Agent.spec.maps.{table}"
+        self.rows.update(rows)
+        self.endpoints |= named
+        return ""
+
+
+def _rows(service: Service) -> tuple[Counter[str], set[tuple[str, int]]]:
+    """How many rows of every table but `endpoints` it takes, and the endpoints that it names."""
+    rows: Counter[str] = Counter()
+    named: set[tuple[str, int]] = set()
+    for _service, port, keys in carried(Mesh(services=(service,))):
+        known = [endpoint for endpoint in service.endpoints if port.name in endpoint.ports]
+        ready = [e.weight for e in known if e.state is EndpointState.READY and e.weight > 0]
+        named.update((endpoint.address, endpoint.ports[port.name]) for endpoint in known)
+        rows.update(services=len(keys), policies=1, slots=sum(shares(ready)))
+    return rows, named
+
+
+def fit(mesh: Mesh, files: Container[ServiceId], sizes: MapSizes, source: str = "files") -> tuple[Mesh, list[Problem]]:
+    """The mesh without what has no room, and what that is. `files`: the services that files name; `source`: whose
+    endpoints in them are the files' own.
+    """
+    used, problems = _Used(), []
+    kept: dict[ServiceId, Service] = {}
+    named = sorted((service for service in mesh.services if service.id in files), key=lambda service: service.id)
+    for service in named:
+        kept[service.id] = replace(service, endpoints=tuple(e for e in service.endpoints if e.source in ("", source)))
+        if used.lack(kept[service.id], sizes, sizes.slots):
+            return mesh, []  # `plan` refuses it, and names the table
+    rest = sorted((service for service in mesh.services if service.id not in files), key=lambda service: service.id)
+    for service in named:
+        own = kept[service.id]
+        if len(own.endpoints) != len(service.endpoints):
+            if why := used.lack(service, sizes, MAX_SLOTS, instead=own):
+                problems.append(Problem(service.label, "endpoints of registries", why))
+            else:
+                kept[service.id] = service
+    for service in rest:
+        if why := used.lack(service, sizes, MAX_SLOTS):
+            problems.append(Problem(service.label, "service", why))
+        else:
+            kept[service.id] = service
+    if not problems:
+        return mesh, []
+    services = tuple(kept[service.id] for service in mesh.services if service.id in kept)
+    return replace(mesh, services=services), problems

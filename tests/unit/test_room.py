@@ -1,0 +1,50 @@
+"""Tables that are too small: who is left out, and who never is."""
+
+from __future__ import annotations
+
+from loader.plan import Tables, plan
+from meshbpf.model import Agent, Endpoint, MapSizes, Mesh, Port, Protocol, Service
+from meshbpf.runtime.room import MAX_SLOTS, fit
+
+TCP = (Port("tcp", 80, Protocol.TCP),)
+
+
+def service(name: str, number: int, endpoints: int, source: str = "registry", weight: int = 1) -> Service:
+    hosts = tuple(
+        Endpoint(f"10.{number}.{n >> 8}.{n & 255}", {"tcp": 80}, weight if n else 1, source=source)
+        for n in range(endpoints)
+    )
+    return Service(name, addresses=(f"127.96.0.{number}",), ports=TCP, endpoints=hosts)
+
+
+def test_only_what_does_not_fit_is_left_out() -> None:
+    ours, greedy, small = service("ours", 1, 2, "files"), service("greedy", 2, 9), service("small", 3, 2)
+    mesh = Mesh(Agent(maps=MapSizes(slots=5)), (greedy, ours, small))
+    fitted, problems = fit(mesh, {ours.id}, mesh.agent.maps)
+    assert fitted.services == (ours, small)
+    assert [problem.service for problem in problems] == [greedy.label]
+    assert "Agent.spec.maps.slots" in problems[0].why
+    plan(fitted, Tables())
+
+
+def test_files_keep_their_endpoints_when_a_registry_adds_too_many() -> None:
+    ours, theirs = service("ours", 1, 2, "files"), service("ours", 9, 9)
+    both = Service("ours", addresses=ours.addresses, ports=TCP, endpoints=(*ours.endpoints, *theirs.endpoints))
+    for name in ("slots", "endpoints"):
+        sizes = MapSizes(**{name: 5})
+        fitted, problems = fit(Mesh(services=(both,)), {both.id}, sizes)
+        assert fitted.services == (ours,)
+        assert len(problems) == 1
+    exact = MapSizes(slots=11, endpoints=11, services=1, policies=1)
+    assert fit(Mesh(services=(both,)), {both.id}, exact) == (Mesh(services=(both,)), [])
+
+
+def test_files_alone_are_refused_as_a_whole_elsewhere() -> None:
+    mesh = Mesh(services=(service("ours", 1, 9, "files"),))
+    assert fit(mesh, {mesh.services[0].id}, MapSizes(slots=5)) == (mesh, [])
+
+
+def test_no_service_of_a_registry_takes_all_slots() -> None:
+    hog = service("hog", 1, MAX_SLOTS // 100 + 2, weight=100)
+    fitted, problems = fit(Mesh(services=(hog,)), set(), MapSizes(slots=10 * MAX_SLOTS))
+    assert (fitted.services, len(problems)) == ((), 1)
