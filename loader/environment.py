@@ -17,6 +17,7 @@ from meshbpf.errors import EnvironmentLack
 
 CAPABILITIES = {12: "CAP_NET_ADMIN", 39: "CAP_BPF", 38: "CAP_PERFMON"}
 CAP_SYS_ADMIN = 21
+TO_SERVE = {21: "CAP_SYS_ADMIN", 19: "CAP_SYS_PTRACE"}  # setns, and looking into /proc/PID/ns
 SO_NETNS_COOKIE = 71
 
 
@@ -36,14 +37,22 @@ def cgroup2() -> Path:
 
 def missing_capabilities() -> list[str]:
     """Names of the capabilities we need and lack; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON on old kernels."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            held = int(line.split()[1], 16)
-            break
-    else:
-        return list(CAPABILITIES.values())
+    held = _held()
     admin = bool(held >> CAP_SYS_ADMIN & 1)
     return [name for bit, name in CAPABILITIES.items() if not (held >> bit & 1 or (admin and name != "CAP_NET_ADMIN"))]
+
+
+def missing_to_serve() -> list[str]:
+    """Names of the capabilities that `run` lacks for callers in network namespaces other than its own."""
+    return [name for bit, name in TO_SERVE.items() if not _held() >> bit & 1]
+
+
+def _held() -> int:
+    """The effective capabilities, a bit each."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
 
 
 def require_capabilities() -> None:

@@ -76,6 +76,7 @@ class MachineFacts:
     neighbours: Neighbours | None
     self_test: tuple[SelfTestRow, ...] | None
     self_test_lack: tuple[str, str] = ("", "")
+    missing_to_serve: tuple[str, ...] = ()  # what `run` lacks for callers in other network namespaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def machine() -> MachineFacts:
         neighbours=around,
         self_test=tested,
         self_test_lack=lack,
+        missing_to_serve=tuple(environment.missing_to_serve()),
     )
 
 

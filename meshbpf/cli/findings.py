@@ -75,10 +75,9 @@ def version(release: str) -> tuple[int, int]:
 
 def machine(facts: MachineFacts) -> list[Finding]:
     """What this machine can do, agent or not."""
-    missing = ", ".join(facts.missing_capabilities)
     oldest = ".".join(map(str, OLDEST))
     return [
-        _judge("capabilities", not missing, "all that is needed", f"missing: {missing}", "run as root (sudo)"),
+        _capabilities(facts),
         _judge(
             "kernel-version", version(facts.release) >= OLDEST, facts.release, f"{facts.release} is before {oldest}",
             f"boot a kernel from {oldest} on",
@@ -106,6 +105,19 @@ def machine(facts: MachineFacts) -> list[Finding]:
         *_neighbours(facts),
         *_self_test(facts),
     ]  # fmt: skip
+
+
+def _capabilities(facts: MachineFacts) -> Finding:
+    if facts.missing_capabilities:
+        missing = ", ".join(facts.missing_capabilities)
+        return Finding("capabilities", Result.ERROR, f"missing: {missing}", "run as root (sudo)")
+    if facts.missing_to_serve:
+        missing = ", ".join(facts.missing_to_serve)
+        return Finding(
+            "capabilities", Result.WARNING, f"enough to attach; run lacks {missing}: it governs its own namespace only",
+            f"grant {missing} too, or run the callers in the agent's namespace",
+        )  # fmt: skip
+    return Finding("capabilities", Result.OK, "all that is needed")
 
 
 def _neighbours(facts: MachineFacts) -> list[Finding]:

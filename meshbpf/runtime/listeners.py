@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass, field
 
 from loader import abi, dataplane
-from meshbpf.errors import Busy, DataplaneError
+from meshbpf.errors import Busy, MeshError
 from meshbpf.runtime import netns, ports
 
 log = logging.getLogger("listeners")
@@ -57,7 +57,7 @@ def cookie_of(path: str) -> int | None:
     try:
         with netns.inside(fd), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             return dataplane.netns_cookie(probe)
-    except (OSError, DataplaneError):
+    except (OSError, MeshError):
         return None
     finally:
         os.close(fd)
@@ -83,7 +83,7 @@ def serve(fd: int, port: int) -> Served:
                 why = f"is taken by {ports.owner(port)}"
         served.close()
         raise Busy(f"proxy port {port} {why} (network namespace {served.identity[1]})") from error
-    except DataplaneError:
+    except MeshError:
         served.close()
         raise
     return served

@@ -7,13 +7,14 @@ other code of the thread ever runs inside somebody else's namespace.
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from meshbpf.errors import DataplaneError
+from meshbpf.errors import DataplaneError, EnvironmentLack
 
 CLONE_NEWNET = 0x40000000
 _libc = ct.CDLL(None, use_errno=True)
@@ -34,13 +35,21 @@ class Own:
 def _enter(fd: int) -> None:
     if _libc.setns(fd, CLONE_NEWNET) != 0:
         number = ct.get_errno()
+        if number == errno.EPERM:
+            raise EnvironmentLack(
+                "may not enter the network namespace of a caller",
+                "grant CAP_SYS_ADMIN and CAP_SYS_PTRACE, or run the callers in the agent's namespace",
+            )
         raise DataplaneError(f"cannot enter a network namespace: {os.strerror(number)}")
 
 
 @contextmanager
 def inside(fd: int) -> Iterator[None]:
-    """Run the block's system calls in the namespace `fd` names. No await inside."""
+    """Run the block's system calls in the namespace `fd` names. No await inside. Our own needs no capability."""
     home = Own.fd()
+    if identity(fd) == identity(home):
+        yield
+        return
     _enter(fd)
     try:
         yield

@@ -32,7 +32,7 @@ from loader.instance import Instance
 from loader.redirect import Redirector
 from meshbpf import logs
 from meshbpf.accesslog_format import wanted
-from meshbpf.errors import ConfigError, DataplaneError
+from meshbpf.errors import ConfigError, DataplaneError, MeshError
 from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
 from meshbpf.record import Record
 from meshbpf.runtime import netns
@@ -247,7 +247,7 @@ class Worker:
         try:
             with netns.inside(self._namespaces[cookie]):
                 return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except (KeyError, DataplaneError) as error:
+        except (KeyError, MeshError) as error:
             raise OSError(errno.ENETDOWN, "the caller's network namespace is gone") from error
 
     def _listen(self, cookie: int, fds: list[int]) -> None:

@@ -37,6 +37,7 @@ def test_a_good_machine_has_nothing_to_say() -> None:
     ("changes", "id", "result"),
     [
         ({"missing_capabilities": ("CAP_BPF",)}, "capabilities", Result.ERROR),
+        ({"missing_to_serve": ("CAP_SYS_ADMIN",)}, "capabilities", Result.WARNING),
         ({"release": "5.4.0"}, "kernel-version", Result.ERROR),
         ({"release": "strange"}, "kernel-version", Result.ERROR),
         ({"btf": False}, "btf", Result.WARNING),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import errno
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +14,9 @@ import pytest
 from loader.dataplane import Applied, Dataplane
 from loader.instance import Instance
 from loader.plan import Tables, plan
-from meshbpf.errors import DataplaneError
+from meshbpf.errors import DataplaneError, EnvironmentLack
 from meshbpf.model import Mesh, Service
-from meshbpf.runtime import about
+from meshbpf.runtime import about, netns
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.supervisor import Handle, Supervisor
@@ -194,3 +196,21 @@ def test_reading_a_mesh_again_keeps_what_did_not_change() -> None:
     second = reader.mesh(json.loads(about.pack(Mesh(services=(one, changed), generation=2), {})))
     assert second == Mesh(services=(one, changed), generation=2)
     assert second.services[0] is first.services[0]
+
+
+def test_our_own_namespace_is_entered_without_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "_enter", lambda _fd: pytest.fail("setns"))
+    with netns.inside(netns.Own.fd()):
+        pass
+
+
+def test_a_namespace_that_may_not_be_entered_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        @staticmethod
+        def setns(_fd: int, _kind: int) -> int:
+            ctypes.set_errno(errno.EPERM)
+            return -1
+
+    monkeypatch.setattr(netns, "_libc", Library)
+    with pytest.raises(EnvironmentLack, match="CAP_SYS_ADMIN and CAP_SYS_PTRACE"):
+        netns._enter(0)
