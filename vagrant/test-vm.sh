@@ -107,7 +107,7 @@ boot() {
 	lines=$(tr -d '\r' <"$log" | grep -a '^vm ' || true)
 	grep -v '^vm end' <<<"$lines" | sed "s/^vm /vm $series /" || true
 	local seconds=$((SECONDS - started)) end=PASS
-	grep -q '^vm end' <<<"$lines" || end=FAIL
+	{ [ "$status" -eq 0 ] && grep -q '^vm end' <<<"$lines"; } || end=FAIL
 	printf 'vm %s powered-off %s %ss qemu=%s %s\n' "$series" "$end" "$seconds" "$status" "$(<"$CACHE/kernel-$series/name")"
 	[ $end = PASS ] || { say "the guest did not reach its end; its last words ($log):"; tail -n 30 "$log" >&2; }
 }

@@ -33,8 +33,6 @@ def found(*texts: str) -> list[str]:
     return []
 
 
-
-
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
