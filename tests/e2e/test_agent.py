@@ -48,7 +48,8 @@ def test_killed_under_load_and_replaced_with_no_failed_request(machine: Machine,
         result = load.stop()
         assert not failures(result) and result["stale"] == 0, result
         assert result["ok"] > 300
-        assert set(result["endpoints"]) == {"a", "b"}
+        if mode == "proxy" or load is loads[0]:  # the few kept connections may all have been given to one
+            assert set(result["endpoints"]) == {"a", "b"}
     if mode == "proxy":
         assert {record["carrier"] for record in machine.records(1)} == {"proxy"}, "never bypassed"
         counts = {row["reason"]: row["count"] for row in machine.show("reasons")["reasons"]}
