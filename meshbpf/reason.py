@@ -73,6 +73,7 @@ class Reason(IntEnum):
     HTTP2_NOT_YET = 82
     UPSTREAM_CLOSED_EARLY = 83
     EXPECTATION_UNKNOWN = 84
+    STREAM_IDLE_TIMEOUT = 85
 
     @property
     def word(self) -> str:
@@ -138,4 +139,5 @@ TEXT: dict[Reason, str] = {
     Reason.HTTP2_NOT_YET: "HTTP/2 is relayed as TCP until it is served",
     Reason.UPSTREAM_CLOSED_EARLY: "the endpoint closed in the middle of its answer",
     Reason.EXPECTATION_UNKNOWN: "an Expect other than 100-continue",
+    Reason.STREAM_IDLE_TIMEOUT: "no byte moved either way for five minutes while a request was served",
 }

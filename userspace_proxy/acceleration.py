@@ -7,7 +7,10 @@ either side ever sent been read by the other, which is what joining asks for.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from userspace_proxy.route import Route
 
 
 class Membership(Protocol):
@@ -67,6 +70,11 @@ class Shortcut:
         if membership is not None and (self._leaving or not membership.fits(size)):
             self.leave()
 
+    def going_on(self) -> None:
+        """More bytes follow by TCP, of something that began so."""
+        if self._leaving:
+            self.leave()
+
     def leave(self) -> None:
         """What follows must not go through the table: its length is not known, or nobody is there to send more."""
         membership = self._membership
@@ -76,3 +84,8 @@ class Shortcut:
             if not membership.inside:
                 self._membership = None
                 self._join_at = self._served + self._after
+
+
+def shortcut_of(accelerator: Accelerator | None, route: Route | None, after: int) -> Shortcut | None:
+    """The way for a new connection, if its service may have one."""
+    return Shortcut(accelerator, after) if accelerator is not None and route is not None and route.accelerated else None

@@ -10,13 +10,12 @@ from math import inf
 from typing import TYPE_CHECKING, cast
 
 from meshbpf.reason import Reason
-from meshbpf.record import Record
-from userspace_proxy.acceleration import Shortcut
+from userspace_proxy.acceleration import Shortcut, shortcut_of
 from userspace_proxy.exchange import Exchange
 from userspace_proxy.grammar import END, LINE, METHODS, PREFACE, TOO_SLOW, VERSIONS, Fault, partial_fault, whole_fault
 from userspace_proxy.reply import CLOSE, LINE_TOO_LONG, REPLIES
-from userspace_proxy.request import read_request
-from userspace_proxy.wire import reset
+from userspace_proxy.request import read_request, request_record
+from userspace_proxy.wire import reset, waiting
 
 if TYPE_CHECKING:
     from userspace_proxy.origin import Origin
@@ -30,9 +29,9 @@ PARKED = 1  # why the caller is not read: enough of what it sent waits (others: 
 
 class Downstream(asyncio.Protocol):
     __slots__ = (
-        "_busy", "_deaf", "_headed", "_parked", "_remote", "_scanned", "_served", "_tunnel",
+        "_busy", "_deaf", "_ends", "_headed", "_parked", "_patience", "_scanned", "_served", "_tunnel", "_unsent",
         "deadline", "due", "ending", "eof", "exchange", "full", "held", "limits", "lost", "netns", "now", "origin",
-        "proxy", "route", "shortcut", "transport", "version_10",
+        "proxy", "remote", "route", "shortcut", "transport", "version_10",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, netns: int) -> None:
@@ -45,7 +44,9 @@ class Downstream(asyncio.Protocol):
         self.route: Route | None = None
         self.exchange: Exchange | None = None
         self.shortcut: Shortcut | None = None
-        self.deadline = self.due = inf
+        self.deadline = self.due = self._ends = inf  # _ends: when we close it unless there is a request
+        self._patience = proxy.limits.drain_quiet if proxy.draining else proxy.limits.keep_alive
+        self._unsent = 0  # when we last looked, of what was left to send on a connection that we have closed
         self.held = 0  # why the caller is not read, as bits
         self.full = False  # the caller does not take what we write
         self.eof = False  # the caller will send no more
@@ -58,7 +59,7 @@ class Downstream(asyncio.Protocol):
         self._busy = False  # `_advance` is at work
         self._deaf = LISTENS
         self._served = 0
-        self._remote = ""
+        self.remote = ""
         self._tunnel: Tunnel | None = None
 
     # the connection
@@ -74,30 +75,24 @@ class Downstream(asyncio.Protocol):
             self.transport.abort()
             return
         self.origin = origin
-        self._remote = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+        self.remote = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
         self.route = proxy.table.by_address.get((origin.address, origin.port))
         proxy.opened(self)
         if self.route is not None and not self.route.http:
             self._deaf = RELAYS
             proxy.loop.call_soon(self._relay)  # the loop begins to read behind us: the relay must come after that
             return
-        self._shorten()
-        proxy.wheel.at(self, self.now() + self.limits.keep_alive)
-
-    def _shorten(self) -> None:
-        proxy, route = self.proxy, self.route
-        if proxy.accelerator is not None and route is not None and route.accelerated and self.shortcut is None:
-            self.shortcut = Shortcut(proxy.accelerator, self.limits.join_after)
+        self.shortcut = shortcut_of(proxy.accelerator, self.route, self.limits.join_after)
+        self._ends = self.now() + self._patience
+        proxy.wheel.at(self, self._ends)
 
     def _search(self, data: bytes) -> bool:
         """Look up again what was dialled, which had left the mesh or not come; is it relayed from now on?"""
         route = self.route = self.proxy.table.by_address.get((self.origin.address, self.origin.port))
         if route is not None and not route.http and self._served == 0:
-            self._deaf = RELAYS
-            self._parked = data
-            self._relay()
+            self._relay(data)
             return True
-        self._shorten()
+        self.shortcut = self.shortcut or shortcut_of(self.proxy.accelerator, route, self.limits.join_after)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -112,23 +107,23 @@ class Downstream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A caller may close its side and still wait for the answer: with plain TCP it would get it."""
         self.eof = True
-        if self.exchange is None or self._deaf:
+        if self._deaf:
             return self._deaf == RELAYS
-        if not self._parked:
+        if self._headed or not self._parked:
             self._ended()
-        return not self.lost
+        return True  # what is parked is served when the caller takes its answers
 
     def _ended(self) -> None:
         """The caller sends no more, and all it sent is read."""
         exchange = self.exchange
         if exchange is None:
-            self.transport.close()
+            self._close()
         elif exchange.whole_request:
             exchange.half_close()
         else:
             self.lost = True
             exchange.fail(Reason.DOWNSTREAM_CLOSED)
-            self.transport.close()
+            self._close()
 
     def hold(self, why: int) -> None:
         if not self.held:
@@ -193,7 +188,7 @@ class Downstream(asyncio.Protocol):
         if self.held:
             self.free(PARKED)
         self._busy = True
-        while data:
+        while data and not self._deaf and not self.lost:  # behind the last answer nothing is served
             if self.full:
                 self._park(data)
                 break
@@ -210,10 +205,8 @@ class Downstream(asyncio.Protocol):
                 if data:
                     self._park(data)
                 break
-            if self._deaf or self.lost:
-                return
         self._busy = False
-        if self.eof and (not self._parked or self._headed) and not self._deaf:
+        if self.eof and (not self._parked or self._headed) and not self._deaf and not self.lost:
             self._ended()
 
     def _await_head(self, data: bytes) -> None:
@@ -224,7 +217,7 @@ class Downstream(asyncio.Protocol):
         self._parked = data
         if not self._headed:
             self._headed = True
-            self.until(self.now() + limits.head_timeout)
+            self.proxy.wheel.at(self, self.now() + limits.head_timeout)
         fault = partial_fault(data, self._scanned, limits)
         if fault is not None:
             self._refuse(fault)
@@ -242,9 +235,7 @@ class Downstream(asyncio.Protocol):
         line = LINE.match(data)
         if line is None or end > limits.head or line.end() > limits.request_line + 2:
             if data.startswith(PREFACE) and self._served == 0 and route is not None:
-                self._deaf = RELAYS
-                self._parked = data
-                self._relay()
+                self._relay(data)
             else:
                 self._refuse(whole_fault(data, end, limits))
             return b""
@@ -252,7 +243,7 @@ class Downstream(asyncio.Protocol):
         method, target, version = line.groups()
         lines = data[at : end + 2]
         name = METHODS.get(method) or method.decode()
-        path = target.decode("latin-1")
+        path = target.decode("utf-8", "surrogateescape")
         known = route.heads.get(lines) if route is not None else None
         if known is not None and version == b"1" and target[0] == 47 and method != b"CONNECT":
             fields = known
@@ -271,38 +262,25 @@ class Downstream(asyncio.Protocol):
         else:
             request = b"".join((first, fields.out, b"\r\n"))
         started = self.now()
-        record = self._record(name, path)
-        record.authority = fields.authority
+        record = request_record(self, route, name, path, fields)
         record.request_id = request_id
         record.protocol = VERSIONS[version]
-        record.trace_id = fields.trace_id
-        record.user_agent = fields.user_agent
-        record.x_forwarded_for = fields.forwarded_for
         exchange = self.exchange = Exchange(self, route, fields, request, record, started)
         rest = exchange.start(data[end + 4 :])
-        if self.shortcut is not None and exchange.whole_request and not rest:
-            self.shortcut.asked(self.netns, self.transport)
+        if self.shortcut is not None and self.exchange is exchange and exchange.whole_request and not rest:
+            self.shortcut.asked(self.netns, self.transport)  # it is ours still: nothing of an answer is there yet
         return rest
-
-    def _record(self, method: str | None, path: str | None) -> Record:
-        route, proxy = self.route, self.proxy
-        record = Record(route.service if route is not None else "", proxy.wall(), self.origin.workload, self._remote)
-        record.method = method
-        record.path = path
-        return record
 
     def _refuse(self, fault: Fault, method: str | None = None, path: str | None = None) -> None:
         """Answer a head that cannot be served, and end the connection: what follows it cannot be trusted."""
         reply = LINE_TOO_LONG if fault.status == 414 else REPLIES[fault.reason]
         head_only = method == "HEAD"
-        record = self._record(method, path)
-        record.reason = reply.reason.word
-        record.response_code = reply.status
-        record.response_flags = reply.flag
-        record.response_code_details = reply.details
-        record.bytes_sent = 0 if head_only else reply.size
-        self._parked = b""
-        self.transport.write(reply.bytes(CLOSE, head_only))
+        record = request_record(self, self.route, method, path)
+        reply.tell(record, head_only)
+        out = reply.bytes(CLOSE, head_only)
+        if self.shortcut is not None:
+            self.shortcut.answering(len(out))
+        self.transport.write(out)
         self.proxy.sink(record)
         self._linger()
 
@@ -312,27 +290,34 @@ class Downstream(asyncio.Protocol):
         """The exchange has ended, and the caller's connection goes on as `ending` says."""
         self.exchange = None
         self._served += 1
-        if self._tunnel is not None:
-            self.proxy.closed(self)
-        elif self.lost:
+        if self._tunnel is not None or self.lost:
             return
-        elif broken:
+        if broken:
             # No fake end: the caller must see that the answer is not the whole of it.
             self.lost = True
             reset(self.transport)
         elif ending == CLOSE:
             if exchange.whole_request and not self._parked:
-                self.transport.close()
+                self._close()
             else:
                 self._linger()
         else:
-            shortcut, limits = self.shortcut, self.limits
-            member = shortcut is not None and shortcut.joined
-            until = self.deadline = now + (limits.leave_idle if member else limits.keep_alive)
+            shortcut = self.shortcut
+            until = self._ends = now + self._patience
+            if shortcut is not None and shortcut.joined:
+                until = min(until, now + self.limits.leave_idle)
+            self.deadline = until
             if until < self.due:
                 self.proxy.wheel.at(self, until)
             if self._parked and not self._busy and not self.full:
                 self._advance(b"")
+
+    def _close(self) -> None:
+        """Close behind what is still to be sent; whether the caller takes it is looked at in `expired`."""
+        self._deaf = LINGERS
+        self._parked = b""
+        self.transport.close()
+        self.proxy.wheel.at(self, self.now() + self.limits.linger)
 
     def _linger(self) -> None:
         """Say that no more is read, and wait a little: closing at once could cost the caller the answer."""
@@ -342,41 +327,45 @@ class Downstream(asyncio.Protocol):
         if self.shortcut is not None:
             self.shortcut.leave()
         if self.eof:
-            self.transport.close()
+            self._close()
             return
         self.transport.write_eof()
         self.transport.resume_reading()
-        self.until(self.now() + self.limits.linger)
+        self.proxy.wheel.at(self, self.now() + self.limits.linger)
 
     @property
     def last(self) -> bool:
         """Will no other request come behind the one being answered?"""
         return self.proxy.draining or (self.eof and not self._parked)
 
-    def until(self, deadline: float) -> None:
-        self.proxy.wheel.at(self, deadline)
-
     def expired(self, now: float) -> float:
         """The wheel: `deadline` has passed, of whatever the connection is waiting for."""
         if self.exchange is not None:
             return self.exchange.expired(now)
         if self._deaf:
+            left = waiting(self.transport)
+            if left and left != self._unsent:  # it is still being taken
+                self._unsent = left
+                return now + self.limits.flush
             self.transport.abort()
-        elif self._headed:
+            return inf
+        if self._headed:
             self._refuse(TOO_SLOW)
             return self.deadline
-        elif self.shortcut is not None and self.shortcut.joined:
+        if self.shortcut is not None:
             self.shortcut.leave()  # idle: whoever takes the socket over finds it as it was
-            return now + self.limits.keep_alive - self.limits.leave_idle
-        else:
-            self.transport.close()
-        return inf
+        if now < self._ends:  # not all is read, perhaps: ask again
+            return min(self._ends, now + self.limits.leave_idle)
+        self._close()
+        return self.deadline
 
     def drain(self) -> None:
         """Shutdown begins: the next answer is the last one. Who is silent is closed a little later: at once would be
         into the face of a caller whose next request, or first one, is on its way."""
+        self._patience = self.limits.drain_quiet
         if self.exchange is None and not self._headed and not self._deaf and self._tunnel is None:
-            self.until(min(self.deadline, self.now() + self.limits.drain_quiet))
+            self._ends = min(self._ends, self.now() + self._patience)
+            self.proxy.wheel.at(self, self._ends)
 
     def abort(self) -> None:
         """Shutdown is over."""
@@ -398,11 +387,11 @@ class Downstream(asyncio.Protocol):
         self.held = 0
         return early
 
-    def _relay(self) -> None:
+    def _relay(self, data: bytes = b"") -> None:
         """Not HTTP/1: the TCP relay takes the transport, with the bytes that were read already."""
         route = self.route
         if self.lost or route is None:
             return
         self.lost = True
         self.proxy.wheel.drop(self)
-        self.proxy.relay(self, route, self._remote, self._parked)
+        self.proxy.relay(self, route, self._parked + data)

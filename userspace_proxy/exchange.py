@@ -13,6 +13,7 @@ from meshbpf.reason import Reason
 from meshbpf.record import Record
 from userspace_proxy.body import Intake, encode, last
 from userspace_proxy.head import AnswerHead, RequestFields
+from userspace_proxy.progress import Progress
 from userspace_proxy.reply import BROKEN_FLAGS, CLOSE, ENDINGS, KEEP, KEEP_10, OUTCOMES, REPLIES, Reply
 from userspace_proxy.retry import connect_again, replay
 from userspace_proxy.tunnel import Tunnel
@@ -30,9 +31,9 @@ _TE = b"transfer-encoding: chunked\r\n"
 
 class Exchange:
     __slots__ = (
-        "_body", "_chunked", "_half_closed", "_queue_until", "_sent", "_sent_size", "_try_until", "_until",
-        "avoid", "begun", "body_until", "careful", "dialling", "down", "ended", "fields", "head_only", "record",
-        "retried", "route", "started", "target", "tries", "upstream", "websocket", "whole_request",
+        "_body", "_chunked", "_half_closed", "_look", "_progress", "_queue_until", "_sent_size", "_try_until",
+        "_until", "avoid", "begun", "body_until", "careful", "dialling", "down", "ended", "fields", "head_only",
+        "record", "retried", "route", "sent", "started", "target", "tries", "upstream", "websocket", "whole_request",
     )  # fmt: skip
 
     def __init__(
@@ -61,12 +62,13 @@ class Exchange:
         self.begun = False  # the answer's head has been written: no local reply and no retry any more
         self.ended = False
         self._half_closed = False
-        self._sent: list[bytes] | None = [request]  # the request as sent or to be sent, while it may be sent again
+        self.sent: list[bytes] | None = [request]  # the request as sent or to be sent, while it may be sent again
         self._sent_size = 0
         self._body: Intake | None = None
         self.whole_request = fields.length == 0
         self._chunked = False  # the answer is written in chunks
-        self._until = self._queue_until = self._try_until = self.body_until = inf
+        self._until = self._queue_until = self._try_until = self.body_until = self._look = inf
+        self._progress: Progress | None = None
 
     # the request
 
@@ -127,7 +129,7 @@ class Exchange:
             self.body_until = self.down.now() + self.down.limits.body_timeout
 
     def _send(self, out: bytes) -> None:
-        sent = self._sent
+        sent = self.sent
         if sent is not None:
             sent.append(out)
             self._sent_size += len(out)
@@ -135,13 +137,16 @@ class Exchange:
                 if self.upstream is None:
                     self.down.hold(UNATTACHED)
                 else:
-                    self._sent = None
+                    self.sent = None
         if self.upstream is not None:
             self.upstream.transport.write(out)
 
     def _arm(self) -> None:
         """Put the nearest of the deadlines on the wheel."""
-        self.down.until(min(self._until, self._queue_until, self._try_until, self.body_until))
+        if self._look == inf:
+            self._look = self.started + self.down.limits.stream_idle / 4
+        nearest = min(self._until, self._queue_until, self._try_until, self.body_until, self._look)
+        self.down.proxy.wheel.at(self.down, nearest)
 
     def expired(self, now: float) -> float:
         if now >= self._queue_until:
@@ -149,14 +154,21 @@ class Exchange:
             self.fail(Reason.TOO_MANY_CONNECTIONS)
         elif now >= self._until or now >= self._try_until:
             self.fail(Reason.REQUEST_TIMEOUT)
-        elif now >= self.body_until:
-            if self.down.held:  # it is we who do not read
-                self.body_due()
-            else:
-                self.fail(Reason.BODY_TIMEOUT)
+        elif now >= self.body_until and not self.down.held:
+            self.fail(Reason.BODY_TIMEOUT)
+        elif self._stalled(now):
+            self.fail(Reason.STREAM_IDLE_TIMEOUT)
+        elif now >= self.body_until:  # it is we who do not read
+            self.body_due()
         if self.ended:
             return self.down.deadline
-        return min(self._until, self._queue_until, self._try_until, self.body_until)
+        return min(self._until, self._queue_until, self._try_until, self.body_until, self._look)
+
+    def _stalled(self, now: float) -> bool:
+        self._look = now + self.down.limits.stream_idle / 4
+        if self._progress is None:
+            self._progress = Progress(now)
+        return self._progress.stalled(self, now)
 
     def half_close(self) -> None:
         """The caller will send no more and waits for the answer: the endpoint may know, as without us it would."""
@@ -195,11 +207,11 @@ class Exchange:
         if route is not None and route.per_try:
             self._try_until = down.now() + route.per_try
             self._arm()
-        sent = self._sent
+        sent = self.sent
         assert sent is not None  # nothing is dropped before there is a connection
         upstream.transport.write(sent[0] if len(sent) == 1 else b"".join(sent))
         if self._sent_size > down.limits.replay:
-            self._sent = None
+            self.sent = None
         if self._half_closed:
             self.half_close()
 
@@ -214,11 +226,6 @@ class Exchange:
             self.fail(Reason.UPSTREAM_CLOSED_EARLY)
         elif not self.ended and not replay(self, upstream):
             self.fail(Reason.UPSTREAM_RESET)
-
-    @property
-    def complete(self) -> bool:
-        """Is all of the request that was sent still here?"""
-        return self._sent is not None
 
     def detach(self) -> None:
         """Let go of target and connection, which are of no more use to us."""
@@ -242,6 +249,8 @@ class Exchange:
 
     def interim(self, answer: AnswerHead) -> None:
         """100 Continue and its like; HTTP/1.0 knows none."""
+        if self._progress is not None:
+            self._progress.forget()
         if not self.down.version_10:
             if self.down.shortcut is not None:
                 self.down.shortcut.leave()
@@ -297,6 +306,8 @@ class Exchange:
         if self._chunked:
             payload = encode(payload) + last(trailers) if done else encode(payload)
         if payload:
+            if down.shortcut is not None:
+                down.shortcut.going_on()
             down.transport.write(payload)
         if done:
             self._finish(down.now(), down.ending)
@@ -347,11 +358,8 @@ class Exchange:
             record.response_code_details = reason.word
             self._finish(down.now(), CLOSE, broken=True)
             return
-        record.response_code = reply.status
-        record.response_flags = reply.flag
-        record.response_code_details = reply.details
+        reply.tell(record, self.head_only)
         ending = CLOSE if reason in (Reason.BAD_REQUEST, Reason.BODY_TIMEOUT) else self._ending(False)
-        record.bytes_sent = 0 if self.head_only else reply.size
         out = reply.bytes(ending, self.head_only)
         if down.shortcut is not None:
             down.shortcut.answering(len(out))
@@ -375,7 +383,12 @@ class Exchange:
             upstream.exchange = None
             if down.full:
                 upstream.transport.resume_reading()
-            if upstream.reusable and upstream.alive and self.whole_request:
+            if (
+                upstream.reusable
+                and upstream.alive
+                and self.whole_request
+                and (self._body is None or not upstream.transport.get_write_buffer_size())
+            ):
                 upstream.pool.release(upstream, now)
             else:
                 upstream.discard()

@@ -43,7 +43,7 @@ class RequestFields:
     """The header lines of a request. `out` is what goes on, without the empty line at the end."""
 
     __slots__ = (
-        "authority", "close", "expect", "forwarded_for", "keep_alive", "length", "out", "request_id", "simple",
+        "authority", "close", "forwarded_for", "keep_alive", "length", "out", "request_id", "simple",
         "trace_id", "user_agent", "websocket",
     )  # fmt: skip
 
@@ -52,7 +52,6 @@ class RequestFields:
         self.length = 0
         self.close = False
         self.keep_alive = False
-        self.expect = False
         self.simple = False  # HTTP/1.1, no body, the connection goes on
         self.websocket = False
         self.authority: str | None = None
@@ -137,7 +136,6 @@ def request_fields(
         elif name == b"expect":
             if value.lower() != b"100-continue":
                 return EXPECTATION
-            fields.expect = minor == 1
             if minor == 0:  # RFC 9110: to be ignored when a 1.0 caller sends it
                 hop.drop.append(match.span())
         else:

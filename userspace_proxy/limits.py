@@ -22,6 +22,8 @@ class Limits:
     keep_alive: float = 60.0  # without a request on the caller's connection
     drain_quiet: float = 0.3  # without a request on a connection when the proxy shuts down
     linger: float = 1.0  # Envoy's delayed close: how long a refused caller may go on sending
+    flush: float = 30.0  # without a byte taken of what is left to send on a connection that we have closed
+    stream_idle: float = 300.0  # without a byte either way while a request is served (Envoy's)
     attempts: int = 2  # tries of a connect, each on another endpoint
     tick: float = 0.05  # how late a timeout may be noticed
     join_after: int = 4  # requests after which a connection may join the redirect table

@@ -46,6 +46,7 @@ class Pool:
         self.max_requests = http.max_requests_per_connection
         self.idle_timeout = http.idle_timeout
         self.queue_timeout = policy.timeouts.queue
+        self._admit()
 
     def acquire(self, exchange: Exchange) -> None:
         """Give `exchange` a connection: rather not to the target it avoids, and when it replays, none that was used.
@@ -133,6 +134,10 @@ class Pool:
 
     def _ended(self) -> None:
         self.open -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        """Dial for those that wait, as far as there is room."""
         while self._waiting and self.open < self.max_connections:
             exchange = self._waiting[0]
             pick, rnd = self._route.balancer.pick, self._proxy.rnd

@@ -8,10 +8,10 @@ from __future__ import annotations
 from http import HTTPStatus
 
 from meshbpf.reason import Reason
+from meshbpf.record import Record
 
 KEEP, KEEP_10, CLOSE = 0, 1, 2  # how the caller's connection goes on: silently, as HTTP/1.0 asked for it, not at all
 ENDINGS = (b"\r\n", b"connection: keep-alive\r\n\r\n", b"connection: close\r\n\r\n")
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _BEFORE = "upstream connect error or disconnect/reset before headers. reset reason: "
 _OVERLOADED = "x-envoy-overloaded: true\r\n"
@@ -37,6 +37,14 @@ class Reply:
             f"x-meshbpf-reason: {reason.word}\r\n"
         ).encode()
 
+    def tell(self, record: Record, head_only: bool) -> None:
+        """Write down what the caller gets."""
+        record.reason = self.reason.word
+        record.response_code = self.status
+        record.response_flags = self.flag
+        record.response_code_details = self.details
+        record.bytes_sent = 0 if head_only else self.size
+
     def bytes(self, ending: int, head_only: bool) -> bytes:
         """The reply on the wire. `ending` is one of KEEP, KEEP_10, CLOSE."""
         return self._head + ENDINGS[ending] + (b"" if head_only else self._body)
@@ -61,6 +69,7 @@ REPLIES: dict[Reason, Reply] = {
         _upstream(Reason.TOO_MANY_CONNECTIONS, 503, "UO", "overflow", _OVERLOADED),
         _upstream(Reason.TOO_MANY_PENDING, 503, "UO", "overflow", _OVERLOADED),
         Reply(Reason.REQUEST_TIMEOUT, 504, "UT", "upstream_response_timeout", "upstream request timeout"),
+        Reply(Reason.STREAM_IDLE_TIMEOUT, 504, "SI", "stream_idle_timeout", "stream timeout"),
         Reply(Reason.BAD_REQUEST, 400, "DPE", "http1.codec_error", "bad request"),
         Reply(Reason.HEAD_TOO_LARGE, 431, "DPE", "request_headers_too_large", "request head too large"),
         Reply(Reason.CONNECT_METHOD, 405, "DPE", "connect_not_served", "CONNECT is not served", _ALLOW),
@@ -84,6 +93,7 @@ BROKEN_FLAGS = {
     Reason.UPSTREAM_CLOSED_EARLY: "UC",
     Reason.UPSTREAM_PROTOCOL_ERROR: "UPE",
     Reason.REQUEST_TIMEOUT: "UT",
+    Reason.STREAM_IDLE_TIMEOUT: "SI",
     Reason.DOWNSTREAM_CLOSED: "DC",
     Reason.BAD_REQUEST: "DPE",
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from meshbpf.record import Record
 from userspace_proxy.grammar import Fault
 from userspace_proxy.head import RequestFields, request_fields, request_target
 from userspace_proxy.limits import Limits
 
 if TYPE_CHECKING:
+    from userspace_proxy.downstream import Downstream
     from userspace_proxy.origin import Origin
     from userspace_proxy.route import Route
 
@@ -34,3 +36,19 @@ def read_request(
             route.heads.clear()
         route.heads[lines] = fields
     return fields, b"%b %b HTTP/1.1\r\n" % (method, target)
+
+
+def request_record(
+    down: Downstream, route: Route | None, method: str | None, path: str | None, fields: RequestFields | None = None
+) -> Record:
+    """The record of a request, as far as its head says it; the head may be one that is refused."""
+    service = route.service if route is not None else ""
+    record = Record(service, down.proxy.wall(), down.origin.workload, down.remote)
+    record.method = method
+    record.path = path
+    if fields is not None:
+        record.authority = fields.authority
+        record.trace_id = fields.trace_id
+        record.user_agent = fields.user_agent
+        record.x_forwarded_for = fields.forwarded_for
+    return record

@@ -29,7 +29,7 @@ def replay(exchange: Exchange, upstream: Upstream) -> bool:
 
     What must not be served twice is not sent again: that nothing of it was acknowledged does not say it was not read.
     """
-    if upstream.served == 0 or exchange.careful or exchange.retried or not exchange.complete:
+    if upstream.served == 0 or exchange.careful or exchange.retried or exchange.sent is None:
         return False
     exchange.retried = True
     _acquire(exchange, Reason.UPSTREAM_RESET)

@@ -22,10 +22,11 @@ from userspace_proxy.downstream import Downstream
 from userspace_proxy.limits import DEFAULT_LIMITS, Limits
 from userspace_proxy.origin import Lookup
 from userspace_proxy.pool import Pool
+from userspace_proxy.relays import relays_of
 from userspace_proxy.requestid import RequestIds
 from userspace_proxy.route import Route, Table, Target
 from userspace_proxy.stats import Stats
-from userspace_proxy.tcp import relay, relays_of
+from userspace_proxy.tcp import relay
 from userspace_proxy.wheel import Wheel
 
 BACKLOG = 4096
@@ -165,7 +166,7 @@ class Proxy:
     def attempt(self, service: str, endpoint: str, outcome: str) -> None:
         self._stats.attempt(service, endpoint, outcome)
 
-    def relay(self, connection: Downstream, route: Route, remote: str, initial: bytes) -> None:
+    def relay(self, connection: Downstream, route: Route, initial: bytes) -> None:
         """Hand a connection to the TCP relay, for a port that is not HTTP or a caller that speaks HTTP/2."""
         counted, origin = self._forget(connection), connection.origin
         tried: Target | None = None
@@ -192,7 +193,7 @@ class Proxy:
             pick=pick,
             make_socket=self.make_socket,
             netns=origin.netns,
-            record=Record(route.service, self.wall(), origin.workload, remote),
+            record=Record(route.service, self.wall(), origin.workload, connection.remote),
             sink=ended,
             policy=route.policy,
             initial=initial,

@@ -3,7 +3,7 @@
 What one side does the other side sees: data (with back-pressure, at most HIGH_WATER plus one read, 256 KiB, per
 direction in memory), half-close, reset. The endpoint is dialled before the caller has said anything, because in many
 protocols the server speaks first. Nothing is decided here: `pick` names the endpoint, the policy holds the times, the
-Record says what came of it and goes to `sink` exactly once. Idle connections are found by one coarse sweep per loop.
+Record says what came of it and goes to `sink` exactly once. Idle connections are found by `relays`.
 Measured: a BufferedProtocol costs a third more CPU per byte here, because what it read must be copied to be passed on.
 """
 
@@ -16,17 +16,19 @@ import time
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary
 
 from meshbpf.model import ServicePolicy
 from meshbpf.reason import Reason
 from meshbpf.record import Record
 from meshbpf.tasks import spawn
+from userspace_proxy.limits import DEFAULT_LIMITS
+from userspace_proxy.relays import relays_of
 from userspace_proxy.stats import endpoint_label
+from userspace_proxy.wire import waiting
 
 HIGH_WATER = 64 * 1024
 ATTEMPTS = 2
-SWEEP_EVERY = 1.0
+FLUSH = DEFAULT_LIMITS.flush
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
 
 
@@ -130,15 +132,26 @@ class Relay:
         self.down, self.up = Side(self), Side(self)
         self.down.other, self.up.other = self.up, self.down
         self.quiet_since = loop.time()
-        self.seen = 0  # bytes at the last sweep
+        self.seen = (0, 0)  # `moved` at the last sweep
 
     @property
-    def moved(self) -> int:
-        return self.down.received + self.up.received
+    def moved(self) -> tuple[int, int]:
+        """All bytes that came, and those that are still to be sent."""
+        unsent = [waiting(side.transport) for side in (self.down, self.up) if side.transport is not None]
+        return self.down.received + self.up.received, sum(unsent)
 
     @property
     def idle_timeout(self) -> float:
-        return self._policy.connection_pool.tcp.idle_timeout
+        """How long nothing may move; 0: for ever, which what is only to be sent may not."""
+        idle = self._policy.connection_pool.tcp.idle_timeout
+        transports = (self.down.transport, self.up.transport)
+        if all(transport is not None and transport.is_closing() for transport in transports):
+            return min(idle, FLUSH) if idle else FLUSH
+        return idle
+
+    @property
+    def dialling(self) -> bool:
+        return self.state is State.DIALLING
 
     def start(self, downstream: socket.socket | asyncio.Transport, eof: bool) -> None:
         self.down.received = len(self._initial)
@@ -326,54 +339,6 @@ class Relay:
         record.bytes_received, record.bytes_sent = self.down.received, self.up.received
         record.duration_ms = (time.monotonic() - self._started) * 1000.0
         self._sink(record)
-
-
-class Relays:
-    """All relays of one loop, for the sweep and the drain."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._call_later, self._time = loop.call_later, loop.time  # not the loop: it is the weak key of _of_loop
-        self._relays: set[Relay] = set()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __len__(self) -> int:
-        return len(self._relays)
-
-    def add(self, relay: Relay) -> None:
-        self._relays.add(relay)
-        if self._timer is None:
-            self._timer = self._call_later(SWEEP_EVERY, self._sweep)
-
-    def discard(self, relay: Relay) -> None:
-        self._relays.discard(relay)
-
-    def tick(self, now: float) -> None:
-        """Close what has moved no byte for its idle timeout. Coarse: up to SWEEP_EVERY late, never early."""
-        for relay in list(self._relays):
-            moved = relay.moved
-            if moved != relay.seen or relay.state is State.DIALLING:
-                relay.seen = moved
-                relay.quiet_since = now
-            elif relay.idle_timeout and now - relay.quiet_since >= relay.idle_timeout:
-                relay.close(Reason.IDLE_TIMEOUT)
-
-    def close(self, reason: Reason = Reason.DRAINING) -> None:
-        for relay in list(self._relays):
-            relay.close(reason)
-
-    def _sweep(self) -> None:
-        self._timer = self._call_later(SWEEP_EVERY, self._sweep) if self._relays else None
-        self.tick(self._time())
-
-
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Relays] = WeakKeyDictionary()
-
-
-def relays_of(loop: asyncio.AbstractEventLoop) -> Relays:
-    relays = _of_loop.get(loop)
-    if relays is None:
-        relays = _of_loop[loop] = Relays(loop)
-    return relays
 
 
 def relay(

@@ -181,6 +181,7 @@ class Upstream(asyncio.Protocol):
                 exchange.body(b"", True)
             else:
                 exchange.upstream_lost(self, None)
+        self.discard()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -198,9 +199,12 @@ class Upstream(asyncio.Protocol):
             self.exchange.down.free(UPSTREAM_FULL)
 
     def discard(self) -> None:
-        """End this connection, which serves nobody."""
+        """End this connection, which serves nobody: what the endpoint has not taken until now, nobody needs."""
         self.pool.forget(self)
-        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def break_off(self, hard: bool) -> None:
         """End this connection in the middle of an exchange; `hard`: with a reset, as the caller did."""

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 import struct
+import termios
+from fcntl import ioctl
 
 _RST = struct.pack("ii", 1, 0)
 
@@ -28,3 +30,14 @@ def spoken(sock: socket.socket) -> bool:
     except OSError:
         return True
     return True
+
+
+def waiting(transport: asyncio.Transport) -> int:
+    """How much is still to be sent; while there is anything, with what the peer has not taken from the kernel."""
+    left = transport.get_write_buffer_size()
+    if left == 0:
+        return 0
+    queued = bytearray(4)
+    with contextlib.suppress(OSError):  # it has gone by itself
+        ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+    return left + int.from_bytes(queued, "little")

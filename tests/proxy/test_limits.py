@@ -102,7 +102,7 @@ def buffered(bed: Bed) -> int:
     for down in bed.proxy._connections:
         total += down.transport.get_write_buffer_size() + len(down._parked)
         if down.exchange is not None:
-            total += sum(map(len, down.exchange._sent or ()))
+            total += sum(map(len, down.exchange.sent or ()))
             if down.exchange.upstream is not None:
                 total += down.exchange.upstream.transport.get_write_buffer_size()
     return total

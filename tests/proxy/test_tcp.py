@@ -17,7 +17,8 @@ import uvloop
 from meshbpf.model import ConnectionPool, ServicePolicy, TcpPool
 from meshbpf.reason import Reason
 from meshbpf.record import Record
-from userspace_proxy.tcp import HIGH_WATER, Relay, State, relay, relays_of
+from userspace_proxy.relays import relays_of
+from userspace_proxy.tcp import HIGH_WATER, Relay, State, relay
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the policy fixture, under a newer asyncio
 
@@ -341,7 +342,7 @@ async def test_an_idle_connection_is_closed_by_the_sweep(harness: Harness) -> No
 
 
 async def test_the_sweep_runs_by_itself(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("userspace_proxy.tcp.SWEEP_EVERY", 0.01)
+    monkeypatch.setattr("userspace_proxy.relays.SWEEP_EVERY", 0.01)
     policy = ServicePolicy(connection_pool=ConnectionPool(TcpPool(idle_timeout=0.05)))
     client, _, _ = await harness.pair(policy=policy)
     assert await harness.read(client) == b""
