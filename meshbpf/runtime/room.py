@@ -54,15 +54,17 @@ def _rows(service: Service) -> tuple[Counter[str], set[tuple[str, int]]]:
     return rows, named
 
 
-def fit(mesh: Mesh, files: Container[ServiceId], sizes: MapSizes, source: str = "files") -> tuple[Mesh, list[Problem]]:
-    """The mesh without what has no room, and what that is. `files`: the services that files name; `source`: whose
-    endpoints in them are the files' own.
+def fit(
+    mesh: Mesh, files: Container[ServiceId], sizes: MapSizes, own_sources: Container[str] = ("", "files")
+) -> tuple[Mesh, list[Problem]]:
+    """The mesh without what has no room, and what that is. `files`: the services that files name; `own_sources`: the
+    sources (places in files) of the endpoints in them that are the files' own.
     """
     used, problems = _Used(), []
     kept: dict[ServiceId, Service] = {}
     named = sorted((service for service in mesh.services if service.id in files), key=lambda service: service.id)
     for service in named:
-        kept[service.id] = replace(service, endpoints=tuple(e for e in service.endpoints if e.source in ("", source)))
+        kept[service.id] = replace(service, endpoints=tuple(e for e in service.endpoints if e.source in own_sources))
         if used.lack(kept[service.id], sizes, sizes.slots):
             return mesh, []  # `plan` refuses it, and names the table
     rest = sorted((service for service in mesh.services if service.id not in files), key=lambda service: service.id)

@@ -85,8 +85,9 @@ class Sources:
         merged = await united(snapshots, self.embedded.registrar.store, self._generation)
         self._sizes = self._sizes or merged.mesh.agent.maps  # the tables are made once
         files = self._known[0].snapshot
-        named = {service.id for service in files.services} if files is not None else set()
-        mesh, crowded = room.fit(merged.mesh, named, self._sizes)
+        services = files.services if files is not None else ()
+        places = {endpoint.source for service in services for endpoint in service.endpoints} | {self.files.name}
+        mesh, crowded = room.fit(merged.mesh, {service.id for service in services}, self._sizes, places)
         told = tuple(f"service={p.service} what={p.what} why={p.why}" for p in (*merged.problems, *crowded))
         for problem in told:
             if problem not in self._problems:

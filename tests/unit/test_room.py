@@ -48,3 +48,9 @@ def test_no_service_of_a_registry_takes_all_slots() -> None:
     hog = service("hog", 1, MAX_SLOTS // 100 + 2, weight=100)
     fitted, problems = fit(Mesh(services=(hog,)), set(), MapSizes(slots=10 * MAX_SLOTS))
     assert (fitted.services, len(problems)) == ((), 1)
+
+
+def test_endpoints_of_files_are_known_by_their_places() -> None:
+    ours = service("ours", 1, 9, "mesh.yaml:8:9")
+    mesh = Mesh(services=(ours,))
+    assert fit(mesh, {ours.id}, MapSizes(slots=5), {"mesh.yaml:8:9", "files"}) == (mesh, [])
