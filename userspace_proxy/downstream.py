@@ -66,6 +66,7 @@ class Downstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=self.limits.write_high)
         peer = transport.get_extra_info("peername")
         proxy = self.proxy
         origin = proxy.lookup(self.netns, peer[0], peer[1]) if peer else None

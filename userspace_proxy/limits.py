@@ -17,6 +17,7 @@ class Limits:
     fields: int = 100  # header lines in one head
     parked: int = 64 * 1024  # bytes of pipelined requests that wait; above, the caller is not read
     replay: int = 64 * 1024  # bytes of a request that are kept in case its pooled connection was dead (INTERFACE)
+    write_high: int = 256 * 1024  # bytes of an answer that the caller has not taken; above, the endpoint is not read
     head_timeout: float = 10.0  # from the first to the last byte of a request head
     body_timeout: float = 30.0  # without a byte of a request body that the proxy is ready to read
     keep_alive: float = 60.0  # without a request on the caller's connection

@@ -23,6 +23,8 @@ from meshbpf.runtime.listeners import Served
 from meshbpf.tasks import spawn
 
 log = logging.getLogger("supervisor")
+# A read is up to 256 KB: by default glibc gives such a block back to the kernel each time, and faults it in again.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "4194304"}
 RESTART_SECONDS = (0.0, 0.1, 0.5, 1.0, 5.0)  # a worker that keeps dying is restarted ever more slowly
 LIVED_SECONDS = 10.0  # one that lived so long is restarted at once
 HUNG_TICKS = 10  # seconds in a row without its report: a worker that hangs keeps callers waiting for nothing
@@ -127,7 +129,7 @@ class Supervisor:
             sys.executable, "-P", "-m", "meshbpf.runtime.worker", self._instance.name, str(theirs.fileno()),
             json.dumps(self._log_options),
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": str(BPF.parent)},  # -P: nothing of the working directory's
+            env={**os.environ, **MALLOC, "PYTHONPATH": str(BPF.parent)},  # -P: nothing of the working directory's
             start_new_session=True,  # a Ctrl-C is for the agent, which then drains us
         )  # fmt: skip
         theirs.close()
