@@ -17,7 +17,7 @@ async def test_a_request_passes_and_is_recorded(bed: Bed) -> None:
     endpoint = await bed.endpoint()
     await bed.serve(endpoint)
     caller = await bed.caller()
-    caller.send(b"GET /a?b=c HTTP/1.1\r\nHost: orders\r\nUser-Agent: me\r\nX-Forwarded-For: 10.1.2.3\r\n")
+    caller.send(b"GET /a?b=c HTTP/1.1\r\nHost: orders\r\nUser-Agent: me\r\nX-Forwarded-For: 192.0.2.3\r\n")
     caller.send(b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n")
     assert await caller.answer() == (200, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", b"ok")
     record = await bed.record()
@@ -25,7 +25,7 @@ async def test_a_request_passes_and_is_recorded(bed: Bed) -> None:
     assert (record.method, record.path, record.authority, record.protocol) == ("GET", "/a?b=c", "orders", "HTTP/1.1")
     assert (record.response_code, record.response_flags, record.reason, record.attempts) == (200, None, None, 1)
     assert (record.service, record.workload, record.carrier) == ("orders", "shop.service", "proxy")
-    assert (record.user_agent, record.x_forwarded_for) == ("me", "10.1.2.3")
+    assert (record.user_agent, record.x_forwarded_for) == ("me", "192.0.2.3")
     assert record.trace_id == "0af7651916cd43dd8448eb211c80319c"
     assert record.upstream_host == f"127.0.0.1:{endpoint.port}"
     assert (record.bytes_received, record.bytes_sent, record.endpoint_outcome) == (0, 2, "ok")

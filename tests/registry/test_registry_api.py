@@ -171,7 +171,7 @@ async def test_closing_lets_waiting_readers_go(http: aiohttp.ClientSession, sour
         ("evil.example:15010", 403),
         ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example", 403),
-        ("10.0.0.1", 403),
+        ("192.0.2.1", 403),
         ("", 403),
     ],
 )

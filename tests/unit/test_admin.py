@@ -86,7 +86,7 @@ async def test_a_foreign_host_is_sent_away(url: str, client: aiohttp.ClientSessi
     ("host", "local"),
     [
         ("localhost", True), ("LOCALHOST:15020", True), ("127.0.0.1:15020", True), ("127.9.9.9", True),
-        ("[::1]:15020", True), ("[::1]", True), ("node-1:15020", True), ("10.0.0.7:15020", False), ("", False),
+        ("[::1]:15020", True), ("[::1]", True), ("node-1:15020", True), ("192.0.2.7:15020", False), ("", False),
         ("localhost.evil.example", False), ("127.0.0.1.evil.example", False), ("evil", False), ("[::2]", False),
         ("localhost:port", False), ("[::1]evil", False), ("127.0.0.1@evil", False),
     ],
@@ -95,7 +95,7 @@ def test_who_is_local(host: str, local: bool) -> None:
     assert is_local(host, "node-1") is local
 
 
-@pytest.mark.parametrize(("host", "local"), [("10.0.0.7:15020", True), ("[fd00::1]", True), ("evil.example", False)])
+@pytest.mark.parametrize(("host", "local"), [("192.0.2.7:15020", True), ("[fd00::1]", True), ("evil.example", False)])
 def test_listening_everywhere_takes_any_number_but_no_name(host: str, local: bool) -> None:
     assert is_local(host, "0.0.0.0") is local
 
