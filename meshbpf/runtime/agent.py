@@ -1,9 +1,11 @@
 """The agent: attach, then stay. Joins sources, dataplane, namespaces, workers, metrics and the API; touches no payload.
 
-Order of starting: listeners (so that a taken port changes nothing), tables and hooks, workers; only then does connect
-learn the proxy's port. Order of stopping: connect forgets the port (new connections follow onProxyDown), workers finish
-what they have, all goes. Order of a new mesh: workers first, then the kernel, so that no connection is led to a worker
-that does not know its service; workers of an earlier agent count as workers.
+Order of starting: listeners (so that a taken port changes nothing), tables, workers; only then are callers led by what
+we have attached. With tables of another layout, workers of an earlier agent and ours know only what hooks of their own
+kind led: so the earlier ones stop accepting before the hooks are replaced, and ours begin after it; callers who come in
+between wait in the listeners' queues. Order of stopping: connect forgets the port (new connections follow
+onProxyDown), workers finish what they have, all goes. Order of a new mesh: workers first, then the kernel, so that no
+connection is led to a worker that does not know its service; workers of an earlier agent count as workers.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from loader.instance import Instance
 from meshbpf.errors import MeshError
 from meshbpf.model import Acceleration, Mesh, ProxySettings
 from meshbpf.runtime import about, cgroup, orphans
+from meshbpf.runtime.listeners import Served
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Supervisor
 from meshbpf.tasks import spawn
@@ -76,9 +79,12 @@ class Agent:
             self._report,
             self._changed.set,
         )
-        self.namespaces = Namespaces(options.cgroups, self._port, self.supervisor.listen, self.supervisor.unlisten)
+        self.namespaces = Namespaces(options.cgroups, self._port, self._serve, self.supervisor.unlisten)
         self._events: Events | None = None
         self._orphans: list[orphans.Orphan] = []
+        self._prepared: dataplane.Prepared | None = None  # between attach and leading
+        self._serving = False  # workers may accept
+        self._carried: dict[bytes, bytes] = {}  # flows of an earlier layout
         self._scanner: asyncio.Task[None] | None = None
         self._exempt = 0
         self._ignored = mesh.agent
@@ -121,21 +127,31 @@ class Agent:
         for orphan in self._orphans:
             for cookie, fds in await orphan.hand_over():
                 self.namespaces.adopt(cookie, fds)
-        for served in self.namespaces.served.values():
-            self.supervisor.listen(served)
         self.namespaces.start()
 
     async def attach(self) -> None:
-        """Attach or upgrade, and open the pins for writing; the caller holds the lock."""
+        """Prepare tables and hooks, and open the tables for writing; the caller holds the lock."""
         told = await self._about(self.mesh, layout="", redirect=False)  # they keep their layout, and soon end
         await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
-        dataplane.attach(self.options.instance, self.options.cgroups, self.mesh)
-        opened = dataplane.open_pins(self.options.instance)
-        assert opened is not None
-        self.plane = opened[0]
+        self._prepared = dataplane.prepare(self.options.instance, self.options.cgroups, self.mesh)
+        self.plane = Dataplane(self.options.instance, self._prepared.layout, self.mesh.agent.maps)
+        for served in self.namespaces.served.values():
+            self.plane.mark(served.sockets)
+
+    def _serve(self, *more: Served) -> None:
+        """Have workers accept in these namespaces, once they may."""
+        for served in more:
+            if self._serving:
+                self.plane.mark(served.sockets)
+                self.supervisor.listen(served)
+
+    def _serve_all(self) -> None:
+        if not self._serving:
+            self._serving = True
+            self._serve(*self.namespaces.served.values())
 
     async def start(self) -> None:
-        """From attached tables to a proxy that serves."""
+        """From prepared tables to a proxy that serves."""
         loop = asyncio.get_running_loop()
         self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
         await self._tell_workers(self.mesh)
@@ -144,14 +160,9 @@ class Agent:
             if self.supervisor.refusal:
                 raise MeshError(self.supervisor.refusal)
             raise MeshError(f"the workers did not start within {READY_SECONDS:.0f} s: see the lines above")
-        drain = self.mesh.agent.proxy.drain
-        # They must not accept what hooks with newer tables lead here: they could not look it up.
-        await asyncio.gather(*(orphan.turn_deaf(drain) for orphan in self._orphans))
-        for orphan in self._orphans:
-            spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")
+        await self._lead()
         if self._stop.is_set():
             return
-        self.plane.set_agent(self._port, self._exempt)
         self._events = Events(
             self.plane.maps_folder / "events", lambda event: self.namespaces.serve_caller(event.pid, event.netns)
         )
@@ -163,6 +174,20 @@ class Agent:
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
             self.options.instance.name, os.getpid(), self.workers, self.mesh.generation, len(self.mesh.services),
         )  # fmt: skip
+
+    async def _lead(self) -> None:
+        """Callers come to us from here on: no moment in which nobody accepts, and none in which the wrong ones do."""
+        assert self._prepared is not None
+        if self._prepared.same_tables:
+            self._serve_all()
+        drain = self.mesh.agent.proxy.drain
+        await asyncio.gather(*(orphan.turn_deaf(drain) for orphan in self._orphans))
+        self.plane.set_agent(self._port, self._exempt)
+        self._carried = dataplane.lead(self._prepared)
+        self._prepared = None
+        self._serve_all()
+        for orphan in self._orphans:
+            spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")
 
     async def _settled(self, seconds: float) -> bool:
         """Whether, in time, every worker serves the newest mesh; also True when it is time to stop.
@@ -279,6 +304,8 @@ class Agent:
         while True:
             await asyncio.sleep(SCAN_SECONDS)
             try:
+                self.plane.forget(self._carried)
+                self._carried = {}
                 self._lead_anew()
                 self.namespaces.scan()
             except (MeshError, OSError) as error:
@@ -316,3 +343,5 @@ class Agent:
             self._events = None
         await self.supervisor.drain(0.0)
         self.namespaces.close()
+        if self._prepared is not None:
+            dataplane.abandon(self._prepared)
