@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,19 @@ def test_a_worker_says_why_it_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> 
 
     (answer,) = asyncio.run(run())
     assert answer == {"type": "refused", "generation": 2, "why": "RuntimeError: no such luck"}
+
+
+def test_a_worker_that_refused_its_first_mesh_keeps_no_descriptors() -> None:
+    async def run() -> None:
+        worker = Worker(Instance("unit"))
+        worker._receive({"type": "listen", "netns": 1}, fds)
+        worker._receive({"type": "unlisten", "netns": 1}, [])
+
+    fds = list(os.pipe())
+    asyncio.run(run())
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 class Packed:
