@@ -234,7 +234,7 @@ class Machine:
     def load(
         self, host: str, *, rate: float = 0, connections: int = 4, new: bool = False, netns: str | None = None
     ) -> Load:
-        """A client that asks port 80 all the time; returns once it got its first answer."""
+        """A client that asks port 80 all the time; returns once each connection has had an answer."""
         command = [sys.executable, "-m", "tests.support.load", host, "80", str(connections), str(rate)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         return Load(self.start_client(*command, "new" if new else "kept", netns=netns, **pipes))
