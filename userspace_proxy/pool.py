@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING
 
 from meshbpf.model import ServicePolicy
@@ -165,8 +164,9 @@ class Pool:
                 sock = proxy.make_socket(netns, socket.AF_INET6 if ":" in target.address else socket.AF_INET)
                 sock.setblocking(False)
                 await proxy.loop.sock_connect(sock, (target.address, target.port))
-                make = partial(Upstream, proxy, self, target, netns, sock)
-                _transport, upstream = await proxy.loop.create_connection(make, sock=sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            upstream = Upstream(proxy, self, target, netns, sock)
+            proxy.poller.connected(sock, upstream)
         except TimeoutError:
             failed = Reason.CONNECT_TIMEOUT
         except (OSError, KeyError):  # KeyError: the namespace was unlistened while its connection waited

@@ -11,16 +11,15 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 from meshbpf.model import Mesh
 from meshbpf.reason import Reason
 from meshbpf.record import Record
-from meshbpf.tasks import spawn
 from userspace_proxy.acceleration import Accelerator
 from userspace_proxy.downstream import Downstream
 from userspace_proxy.limits import DEFAULT_LIMITS, Limits
 from userspace_proxy.origin import Lookup
+from userspace_proxy.poller import Acceptor, Poller
 from userspace_proxy.pool import Pool
 from userspace_proxy.relays import relays_of
 from userspace_proxy.requestid import RequestIds
@@ -28,14 +27,6 @@ from userspace_proxy.route import Route, Table, Target
 from userspace_proxy.stats import Stats
 from userspace_proxy.tcp import relay
 from userspace_proxy.wheel import Wheel
-
-BACKLOG = 4096
-
-
-class Listener(Protocol):
-    """What `create_server` gives: something to close."""
-
-    def close(self) -> None: ...
 
 
 def _discard_idle(target: Target) -> None:
@@ -60,6 +51,7 @@ class Proxy:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.poller = Poller(self.loop)
         self.lookup = lookup
         self.sink = sink
         self.make_socket = make_socket
@@ -74,8 +66,7 @@ class Proxy:
         self._stats = stats if stats is not None else Stats()
         self.table = Table(partial(Pool, self), self._stats.in_flight)
         self._connections: dict[Downstream, str] = {}  # … and the service that each is counted for
-        self._listeners: dict[int, list[socket.socket]] = {}
-        self._servers: dict[socket.socket, Listener] = {}
+        self._acceptors: dict[int, list[Acceptor]] = {}
         self._idle: asyncio.Event | None = None
 
     def use(self, mesh: Mesh) -> None:
@@ -86,24 +77,13 @@ class Proxy:
 
     def listen(self, netns: int, sock: socket.socket) -> None:
         """Accept what `sock`, which listens already, is given. The caller keeps its own copy of the socket."""
-        own = sock.dup()
-        own.setblocking(False)
-        self._listeners.setdefault(netns, []).append(own)
-        spawn(self._serve(netns, own), "listen")
-
-    async def _serve(self, netns: int, own: socket.socket) -> None:
-        server = await self.loop.create_server(partial(Downstream, self, netns), sock=own, backlog=BACKLOG)
-        if own in self._listeners.get(netns, ()):
-            self._servers[own] = server
-        else:  # unlistened before it began
-            server.close()
+        acceptor = Acceptor(self.poller, self.loop, sock.dup(), partial(Downstream, self, netns))
+        self._acceptors.setdefault(netns, []).append(acceptor)
 
     def unlisten(self, netns: int) -> None:
         """Accept no more in this namespace; its connections live on."""
-        for own in self._listeners.pop(netns, []):
-            server = self._servers.pop(own, None)
-            if server is not None:
-                server.close()
+        for acceptor in self._acceptors.pop(netns, []):
+            acceptor.close()
         for target in self.table.targets():  # idle connections would keep the namespace alive
             for upstream in list(target.idle.get(netns, ())):
                 upstream.discard()
@@ -112,7 +92,7 @@ class Proxy:
     async def drain(self, seconds: float) -> None:
         """Take no more connections, close idle ones, let requests finish; whatever is left after `seconds` is cut."""
         self.draining = True
-        for netns in list(self._listeners):
+        for netns in list(self._acceptors):
             self.unlisten(netns)
         self._idle = asyncio.Event()
         for connection in list(self._connections):
