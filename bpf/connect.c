@@ -5,7 +5,8 @@
  *
  * The rule of this file: a connect() may be led elsewhere, but it is never answered with an error that plain
  * TCP would not have given. Refusing means leading to port 0 of the loopback, where nobody can listen:
- * ECONNREFUSED on every kernel, never EPERM.
+ * ECONNREFUSED on every kernel, never EPERM. A socket that is bound to another device would never hear from
+ * the loopback, and wait until it times out: it is led to everybody at once, which TCP refuses with ENETUNREACH.
  */
 #include "maps.h"
 #include "lib/address.h"
@@ -136,12 +137,28 @@ static __always_inline enum reason proxy_ready(struct bpf_sock_addr *ctx, const 
 	return REASON_PROXY_NOT_IN_NETNS;
 }
 
-static __always_inline void refuse(struct destination *to, bool ipv4)
+static __always_inline void to_everybody(struct destination *to, bool ipv4)
+{
+	if (ipv4)
+		set_address4(to->address, BROADCAST4);
+	else
+		set_address6(to->address, ALL_NODES6, 0, 0, LOOPBACK6); /* ff02::1 */
+}
+
+static __always_inline void to_loopback(struct destination *to, bool ipv4)
 {
 	if (ipv4)
 		set_address4(to->address, LOOPBACK4);
 	else
 		set_address6(to->address, 0, 0, 0, LOOPBACK6);
+}
+
+static __always_inline void refuse(struct destination *to, bool ipv4, bool bound)
+{
+	if (bound)
+		to_everybody(to, ipv4);
+	else
+		to_loopback(to, ipv4);
 	to->port = 0;
 	to->carrier = CARRIED_DIRECT;
 }
@@ -179,7 +196,7 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 
 	if (!origin)
 		count(PROGRAM_CONNECT, REASON_STORAGE_FULL);
-	/* From another device than the loopback nobody gets to the proxy, or to port 0 of it. */
+	/* From another device than the loopback nobody gets to the proxy. */
 	bound = sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_DEVICE;
 	reason = REASON_DIRECT;
 	if (policy->carrier == CARRIED_PROXY && bound) {
@@ -191,17 +208,17 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 		count(PROGRAM_CONNECT, reason);
 	}
 	if (reason == REASON_PROXY) {
-		refuse(to, ipv4); /* the loopback; the port follows */
+		to_loopback(to, ipv4);
 		to->port = state->proxy_port;
 		to->carrier = CARRIED_PROXY;
-	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE && !bound) {
+	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE) {
 		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
-		refuse(to, ipv4);
+		refuse(to, ipv4, bound);
 	} else if (pick_endpoint(service_id, policy, ipv4_socket, to)) {
 		count(PROGRAM_CONNECT, REASON_DIRECT);
 	} else {
 		count(PROGRAM_CONNECT, REASON_NO_ENDPOINT);
-		refuse(to, ipv4);
+		refuse(to, ipv4, bound);
 	}
 	if (origin) {
 		origin->netns = namespace_of(ctx);

@@ -116,7 +116,7 @@ TEXT: dict[Reason, str] = {
     Reason.PEER_SENDING: "kept in the redirect table for now: the peer is in the middle of a call",
     Reason.READER_UNCHECKED: "not carried yet: the application's process was not looked at",
     Reason.READER_COUNTS: "an answer by TCP: this kernel hides redirected bytes from readers that use FIONREAD",
-    Reason.BOUND_TO_DEVICE: "the caller's socket is bound to a network device, which never leads to the proxy: direct",
+    Reason.BOUND_TO_DEVICE: "the caller's socket is bound to a device, where no proxy listens: onProxyDown applied",
     Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",

@@ -8,6 +8,8 @@
 #define MAPPED __builtin_bswap32(0x0000ffff)
 #define LOOPBACK4 __builtin_bswap32(0x7f000001)
 #define LOOPBACK6 __builtin_bswap32(0x00000001)
+#define BROADCAST4 0xffffffff
+#define ALL_NODES6 __builtin_bswap32(0xff020000)
 #define FAMILY_IPV4 2
 #define FAMILY_IPV6 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -207,19 +208,20 @@ def wired() -> Iterator[int]:
             f"{there} ip link set far up",
             "ip address add 198.18.0.1/24 dev near",
             "ip link set near up",
+            "ip -6 address add 2001:db8::1/64 dev near nodad",
+            "ip -6 route add default dev near",
         ):
             subprocess.run(command.split(), check=True)
         yield far
 
 
-@pytest.mark.parametrize("down", list(OnProxyDown))
-def test_a_socket_bound_to_a_device_goes_direct(ground: Ground, down: OnProxyDown) -> None:
+def test_a_socket_bound_to_a_device_goes_direct(ground: Ground) -> None:
     """`curl --interface near`: it would never hear from the proxy's listener, which is on the loopback."""
     with wired() as far, Listener() as proxy:
         with netns.inside(far):
             endpoint = Listener("198.18.0.2")
         with endpoint:
-            attach(ground, endpoint, down)
+            attach(ground, endpoint)
             ground.proxy(proxy)
             with ground.client() as sock, counted(ground, bound_to_device=1, direct=1):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"near")
@@ -230,3 +232,25 @@ def test_a_socket_bound_to_a_device_goes_direct(ground: Ground, down: OnProxyDow
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
                 sock.connect((ADDRESS, 80))
                 assert reached(endpoint, proxy) is proxy
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("why", ["proxy_down_refused", "no_endpoint"])
+def test_a_socket_bound_to_a_device_is_refused_at_once(
+    ground: Ground, endpoint: Listener, family: socket.AddressFamily, why: str
+) -> None:
+    """It would wait for an answer of the loopback until it times out."""
+    address = ADDRESS if family == socket.AF_INET else "fd00:96::8"
+    endpoints = [endpoint.endpoint()] if why == "proxy_down_refused" else []
+    governed = mesh(service("orders", address, *endpoints), mode=Mode.PROXY, down=OnProxyDown.REFUSE)
+    plain = mesh(service("orders", address))
+    with wired():
+        ground.attach(governed if why == "proxy_down_refused" else plain)
+        expected = {why: 1, "bound_to_device": 1} if why == "proxy_down_refused" else {why: 1}
+        with ground.client(family) as sock, counted(ground, **expected):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"near")
+            sock.settimeout(3)
+            with pytest.raises(OSError, match="Network is unreachable") as refused:
+                sock.connect((address, 80))
+            assert refused.value.errno == errno.ENETUNREACH
+    assert untouched(endpoint)
