@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from userspace_proxy.server import Proxy
     from userspace_proxy.tunnel import Tunnel
 
-LISTENS, LINGERS, RELAYS = 0, 1, 2  # what is done with bytes: served; thrown away behind the last answer; kept
 PARKED = 1  # why the caller is not read: enough of what it sent waits (others: UPSTREAM_FULL, UNATTACHED)
 
 
@@ -57,7 +56,7 @@ class Downstream(asyncio.Protocol):
         self._scanned = 0  # of which no line ends badly, and no head ends, before here
         self._headed = False  # part of a head is here
         self._busy = False  # `_advance` is at work
-        self._deaf = LISTENS
+        self._deaf = False  # the last answer has been given: what still comes is thrown away
         self._served = 0
         self.remote = ""
         self._tunnel: Tunnel | None = None
@@ -80,8 +79,7 @@ class Downstream(asyncio.Protocol):
         self.route = proxy.table.by_address.get((origin.address, origin.port))
         proxy.opened(self)
         if self.route is not None and not self.route.http:
-            self._deaf = RELAYS
-            proxy.loop.call_soon(self._relay)  # the loop begins to read behind us: the relay must come after that
+            self._relay()
             return
         self.shortcut = shortcut_of(proxy.accelerator, self.route, self.limits.join_after)
         self._ends = self.now() + self._patience
@@ -109,7 +107,7 @@ class Downstream(asyncio.Protocol):
         """A caller may close its side and still wait for the answer: with plain TCP it would get it."""
         self.eof = True
         if self._deaf:
-            return self._deaf == RELAYS
+            return False
         if self._headed or not self._parked:
             self._ended()
         return True  # what is parked is served when the caller takes its answers
@@ -156,7 +154,7 @@ class Downstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
         if exchange is None:
-            if self._deaf == LISTENS:
+            if not self._deaf:
                 if self.full:
                     self._park(data)
                     return
@@ -167,8 +165,6 @@ class Downstream(asyncio.Protocol):
                         return
                 if data:
                     self._advance(data)
-            elif self._deaf == RELAYS:
-                self._park(data)
         elif exchange.whole_request:
             self._park(data)
         else:
@@ -315,14 +311,14 @@ class Downstream(asyncio.Protocol):
 
     def _close(self) -> None:
         """Close behind what is still to be sent; whether the caller takes it is looked at in `expired`."""
-        self._deaf = LINGERS
+        self._deaf = True
         self._parked = b""
         self.transport.close()
         self.proxy.wheel.at(self, self.now() + self.limits.linger)
 
     def _linger(self) -> None:
         """Say that no more is read, and wait a little: closing at once could cost the caller the answer."""
-        self._deaf = LINGERS
+        self._deaf = True
         self._parked = b""
         self.held = 0
         if self.shortcut is not None:

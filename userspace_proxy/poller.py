@@ -34,7 +34,7 @@ class Watched(Protocol):
 
 class Poller:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}
         self._lost: list[tuple[asyncio.Protocol, Exception | None]] = []
@@ -61,7 +61,7 @@ class Poller:
 
     def broken(self, one: Watched, error: Exception) -> None:
         """A bug: it costs its connection, and no other."""
-        self._loop.call_exception_handler({"message": "a connection failed", "exception": error})
+        self.loop.call_exception_handler({"message": "a connection failed", "exception": error})
         one.abort()
 
     def watch(self, fd: int, one: Watched, before: int, wanted: int) -> None:
@@ -82,7 +82,7 @@ class Poller:
     def lost(self, protocol: asyncio.Protocol, error: Exception | None) -> None:
         """Tell `protocol` of its end, soon."""
         if not self._lost and not self._turning:
-            self._loop.call_soon(self._tell)
+            self.loop.call_soon(self._tell)
         self._lost.append((protocol, error))
 
     def _tell(self) -> None:
@@ -92,10 +92,11 @@ class Poller:
                 try:
                     protocol.connection_lost(error)
                 except Exception as bug:  # noqa: BLE001
-                    self._loop.call_exception_handler({"message": "a connection's end failed", "exception": bug})
+                    self.loop.call_exception_handler({"message": "a connection's end failed", "exception": bug})
 
     def connected(self, sock: socket.socket, protocol: asyncio.Protocol) -> None:
         """A connected, non-blocking socket; it is ours from now on."""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.begin(Stream(self, sock.fileno(), None, sock), protocol)
 
     def begin(self, stream: Stream, protocol: asyncio.Protocol) -> None:
@@ -108,11 +109,8 @@ class Poller:
 class Acceptor:
     """Takes what a listening socket is given; `make` gives the protocol of a new connection. Owns `sock`."""
 
-    def __init__(
-        self, poller: Poller, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: Callable[[], asyncio.Protocol]
-    ) -> None:
+    def __init__(self, poller: Poller, sock: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
         self._poller = poller
-        self._loop = loop
         self._sock = sock
         self._make = make
         self._open = False
@@ -122,7 +120,7 @@ class Acceptor:
 
     def ready(self, mask: int) -> None:
         del mask
-        accept = self._sock._accept  # type: ignore[attr-defined]  # without a socket object, whose making asks the kernel three things
+        accept = self._sock._accept  # type: ignore[attr-defined]  # no socket object, whose making asks more
         for _ in range(ACCEPTS):
             try:
                 fd, peer = accept()
@@ -141,7 +139,7 @@ class Acceptor:
     def _rest(self) -> None:
         log.warning("no descriptor or memory for another connection: callers wait seconds=%s", REST)
         self._watch(0)
-        self._loop.call_later(REST, self._resume)
+        self._poller.loop.call_later(REST, self._resume)
 
     def _resume(self) -> None:
         if self._sock.fileno() >= 0:

@@ -164,7 +164,6 @@ class Pool:
                 sock = proxy.make_socket(netns, socket.AF_INET6 if ":" in target.address else socket.AF_INET)
                 sock.setblocking(False)
                 await proxy.loop.sock_connect(sock, (target.address, target.port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             upstream = Upstream(proxy, self, target, netns, sock)
             proxy.poller.connected(sock, upstream)
         except TimeoutError:

@@ -77,7 +77,7 @@ class Proxy:
 
     def listen(self, netns: int, sock: socket.socket) -> None:
         """Accept what `sock`, which listens already, is given. The caller keeps its own copy of the socket."""
-        acceptor = Acceptor(self.poller, self.loop, sock.dup(), partial(Downstream, self, netns))
+        acceptor = Acceptor(self.poller, sock.dup(), partial(Downstream, self, netns))
         self._acceptors.setdefault(netns, []).append(acceptor)
 
     def unlisten(self, netns: int) -> None:
@@ -168,7 +168,7 @@ class Proxy:
             self.sink(record)
 
         relay(
-            self.loop,
+            self.poller,
             connection.transport,
             pick=pick,
             make_socket=self.make_socket,

@@ -226,6 +226,8 @@ class Stream(asyncio.Transport):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "peername":
             return self._peer
+        if self._fd < 0:
+            return default
         if name == "socket":
             return self._socket()
         if name == "sockname":

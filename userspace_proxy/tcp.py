@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 import time
 from collections.abc import Callable
 from enum import Enum, auto
@@ -22,14 +21,14 @@ from meshbpf.reason import Reason
 from meshbpf.record import Record
 from meshbpf.tasks import spawn
 from userspace_proxy.limits import DEFAULT_LIMITS
+from userspace_proxy.poller import Poller
 from userspace_proxy.relays import relays_of
 from userspace_proxy.stats import endpoint_label
-from userspace_proxy.wire import waiting
+from userspace_proxy.wire import reset, waiting
 
 HIGH_WATER = 64 * 1024
 ATTEMPTS = 2
 FLUSH = DEFAULT_LIMITS.flush
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends RST
 
 
 class Host(Protocol):
@@ -89,14 +88,8 @@ class Side(asyncio.Protocol):
 
     def reset(self) -> None:
         """Close by RST: the peer learns that the stream was cut, which a FIN would hide."""
-        if self.transport is None or self.gone:
-            return
-        sock = self.transport.get_extra_info("socket")
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        except OSError:
-            self.gone = True  # closed under us: there is nobody to tell any more
-        self.transport.abort()
+        if self.transport is not None:
+            reset(self.transport)
 
 
 class Relay:
@@ -104,7 +97,7 @@ class Relay:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        poller: Poller,
         *,
         pick: Callable[[], Host | None],
         make_socket: Callable[[Any, int], socket.socket],
@@ -115,7 +108,8 @@ class Relay:
         initial: bytes,
         attempted: Callable[[Host, str], None] | None,
     ) -> None:
-        self._loop = loop
+        self._poller = poller
+        self._loop = poller.loop
         self._pick = pick
         self._make_socket = make_socket
         self._netns = netns
@@ -127,11 +121,10 @@ class Relay:
         self._host: Host | None = None
         self._started = time.monotonic()  # not loop.time(): uvloop's is in whole milliseconds
         self._dialling: asyncio.Task[None] | None = None
-        self._accepted: socket.socket | None = None  # ours to close until `down` has its transport
         self.state = State.DIALLING
         self.down, self.up = Side(self), Side(self)
         self.down.other, self.up.other = self.up, self.down
-        self.quiet_since = loop.time()
+        self.quiet_since = self._loop.time()
         self.seen = (0, 0)  # `moved` at the last sweep
 
     @property
@@ -153,38 +146,22 @@ class Relay:
     def dialling(self) -> bool:
         return self.state is State.DIALLING
 
-    def start(self, downstream: socket.socket | asyncio.Transport, eof: bool) -> None:
+    def start(self, downstream: asyncio.Transport, eof: bool) -> None:
         self.down.received = len(self._initial)
         self.down.ended = eof
-        if isinstance(downstream, socket.socket):
-            self._accepted = downstream
+        downstream.set_protocol(self.down)
+        self.down.connection_made(downstream)
+        if self._initial or eof:
+            downstream.pause_reading()
         else:
-            downstream.pause_reading()  # a loop chooses how to call its protocol when reading starts
-            downstream.set_protocol(self.down)
-            self.down.connection_made(downstream)
-            if not self._initial and not eof:
-                downstream.resume_reading()
+            downstream.resume_reading()
         self._dialling = spawn(self._run(), "relay")
         self._dialling.add_done_callback(self._dialled)
 
     async def _run(self) -> None:
-        if self._accepted is not None:
-            try:
-                await self._loop.connect_accepted_socket(lambda: self.down, self._accepted)
-            except OSError:  # the caller reset it before we looked
-                self._fail(Reason.DOWNSTREAM_CLOSED, "DC")
-                return
         upstream = await self._dial()
-        if upstream is None:
-            return
-        try:
-            await self._loop.create_connection(lambda: self.up, sock=upstream)
-        except OSError:
-            upstream.close()
-            self._fail(Reason.UPSTREAM_RESET, "UC")
-        except asyncio.CancelledError:
-            upstream.close()
-            raise
+        if upstream is not None:
+            self._poller.connected(upstream, self.up)
 
     def _dialled(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:  # a bug, which spawn logs: the caller must not hang
@@ -257,7 +234,7 @@ class Relay:
             up.write(self._initial)
             self._initial = b""
         if down.get_write_buffer_size() > HIGH_WATER:  # a transport taken over full; its resume_writing will come
-            self._loop.call_soon(up.pause_reading)  # soon: after connection_made a loop always starts to read
+            up.pause_reading()
         if self.down.ended:
             up.write_eof()
         elif up.get_write_buffer_size() <= HIGH_WATER:
@@ -333,8 +310,6 @@ class Relay:
         relays_of(self._loop).discard(self)
         if dialled and self._dialling is not None and self._dialling is not asyncio.current_task(self._loop):
             self._dialling.cancel()
-        if self._accepted is not None and self.down.transport is None:
-            self._accepted.close()
         record = self._record
         record.bytes_received, record.bytes_sent = self.down.received, self.up.received
         record.duration_ms = (time.monotonic() - self._started) * 1000.0
@@ -342,8 +317,8 @@ class Relay:
 
 
 def relay(
-    loop: asyncio.AbstractEventLoop,
-    downstream: socket.socket | asyncio.Transport,
+    poller: Poller,
+    downstream: asyncio.Transport,
     *,
     pick: Callable[[], Host | None],
     make_socket: Callable[[Any, int], socket.socket],
@@ -355,7 +330,7 @@ def relay(
     eof: bool = False,
     attempted: Callable[[Host, str], None] | None = None,
 ) -> Relay:
-    """Relay `downstream`, an accepted socket or a transport taken over, to an endpoint.
+    """Relay `downstream`, which is taken over from its protocol, to an endpoint.
 
     `initial` is what was already read from it, `eof` that its FIN was; `sink` gets the record at the end; `attempted`
     is told of an endpoint that failed (connect_failed, connect_timeout) when another one is tried: the record names
@@ -363,7 +338,7 @@ def relay(
     """
     record.protocol = "TCP"
     made = Relay(
-        loop,
+        poller,
         pick=pick,
         make_socket=make_socket,
         netns=netns,
@@ -373,6 +348,6 @@ def relay(
         initial=initial,
         attempted=attempted,
     )
-    relays_of(loop).add(made)
+    relays_of(poller.loop).add(made)
     made.start(downstream, eof)
     return made

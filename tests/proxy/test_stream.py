@@ -146,6 +146,7 @@ async def test_abort_sends_nothing_more_and_is_told_behind_the_call(poller: Poll
         told.stream.abort()
         told.stream.abort()
         assert "lost" not in told.told
+        assert told.stream.get_extra_info("socket") is None  # its number may be somebody else's by now
         await soon(told.lost.wait())
         assert told.told.count("lost") == 1 and told.error is None
         assert len(await read(peer, 32 * MIB)) < 32 * MIB
@@ -284,7 +285,7 @@ async def test_without_descriptors_callers_wait_and_are_served_later(
         made.append(Told(lambda self, data: self.stream.write(data)))
         return made[-1]
 
-    acceptor = Acceptor(poller, loop, listener.dup(), make)
+    acceptor = Acceptor(poller, listener.dup(), make)
     callers = [socket.socket() for _ in range(3)]
     highest = max(int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -322,7 +323,7 @@ async def test_a_closed_acceptor_takes_nothing_though_the_socket_lives_on(
         made.append(Told(lambda self, data: self.stream.write(data)))
         return made[-1]
 
-    first = Acceptor(poller, loop, listener.dup(), make)
+    first = Acceptor(poller, listener.dup(), make)
     first.close()
     assert not poller._watched  # or it would be woken for callers that it cannot take
     with socket.socket() as caller:
@@ -332,7 +333,7 @@ async def test_a_closed_acceptor_takes_nothing_though_the_socket_lives_on(
         for _ in range(20):
             await asyncio.sleep(0)
         assert not made
-        second = Acceptor(poller, loop, listener.dup(), make)
+        second = Acceptor(poller, listener.dup(), make)
         assert await read(caller, 5) == b"hello"
         second.close()
         made[0].stream.close()

@@ -17,6 +17,7 @@ import uvloop
 from meshbpf.model import ConnectionPool, ServicePolicy, TcpPool
 from meshbpf.reason import Reason
 from meshbpf.record import Record
+from userspace_proxy.poller import Poller
 from userspace_proxy.relays import relays_of
 from userspace_proxy.tcp import HIGH_WATER, Relay, State, relay
 
@@ -55,8 +56,21 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+class Taken(asyncio.Protocol):
+    """A connection that is relayed from its first byte on, as `Downstream` does it."""
+
+    made: Relay
+
+    def __init__(self, relay: Callable[[asyncio.Transport], Relay]) -> None:
+        self._relay = relay
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.made = self._relay(cast(asyncio.Transport, transport))
+
+
 @dataclass
 class Harness:
+    poller: Poller
     front: socket.socket
     server: socket.socket
     endpoint: Endpoint
@@ -76,11 +90,13 @@ class Harness:
         await self.loop.sock_connect(client, self.front.getsockname())
         accepted, _ = await self.loop.sock_accept(self.front)
         self.opened.append(client)
-        return client, self.relay(accepted, hosts, policy, **more)
+        taken = Taken(lambda transport: self.relay(transport, hosts, policy, **more))
+        self.poller.connected(accepted, taken)
+        return client, taken.made
 
     def relay(
         self,
-        downstream: socket.socket | asyncio.Transport,
+        downstream: asyncio.Transport,
         hosts: list[Endpoint | None] | None = None,
         policy: ServicePolicy | None = None,
         **more: Any,
@@ -95,7 +111,7 @@ class Harness:
             "policy": policy or ServicePolicy(),
             "attempted": lambda host, outcome: self.failed.append((host, outcome)),
         }
-        return relay(self.loop, downstream, **(options | more))
+        return relay(self.poller, downstream, **(options | more))
 
     async def accept(self) -> socket.socket:
         sock, _ = await asyncio.wait_for(self.loop.sock_accept(self.server), 5)
@@ -128,7 +144,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 async def harness() -> AsyncIterator[Harness]:
     front, server = listener(), listener()
-    made = Harness(front, server, Endpoint(*server.getsockname()))
+    made = Harness(Poller(asyncio.get_running_loop()), front, server, Endpoint(*server.getsockname()))
     yield made
     for sock in (front, server, *made.opened):
         sock.close()
@@ -441,7 +457,7 @@ async def test_a_transport_can_be_taken_over_with_what_it_has_read(harness: Harn
     client.setblocking(False)
     await harness.loop.sock_connect(client, harness.front.getsockname())
     accepted, _ = await harness.loop.sock_accept(harness.front)
-    await harness.loop.connect_accepted_socket(Before, accepted)
+    harness.poller.connected(accepted, Before())
     await harness.loop.sock_sendall(client, b"PRI * HTTP/2.0\r\n")
     await asyncio.wait_for(first, 5)
     server = await harness.accept()
