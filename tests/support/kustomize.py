@@ -1,5 +1,5 @@
-"""`kubectl kustomize` for tests on machines without it: as much of kustomize as deploy/kubernetes uses, and an error for
-the rest. tests/unit/test_deploy_kubernetes.py compares it with the real one where that is installed.
+"""`kubectl kustomize` for tests on machines without it: as much of kustomize as deploy/kubernetes uses, and an error
+for the rest. tests/unit/test_deploy_kubernetes.py compares it with the real one where that is installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""deploy/kubernetes: valid for every served version of Kubernetes, and true: its commands, paths and rights are real."""
+"""deploy/kubernetes: valid for old and new Kubernetes, and true: its commands, paths and rights are real."""
 
 from __future__ import annotations
 
