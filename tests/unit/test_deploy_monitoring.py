@@ -1,4 +1,4 @@
-"""deploy/prometheus and deploy/grafana speak only of what /metrics has: metrics, labels, values of those that are known."""
+"""deploy/prometheus and deploy/grafana speak only of what /metrics has: metrics, labels and known values."""
 
 from __future__ import annotations
 
