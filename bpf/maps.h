@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
 /*
- * Every table, once. Each is pinned by its name in PIN_DIR (given by loader/compile.py, which puts the layout's digest
- * into that path), so that an upgrade with the same layout goes on with the same tables.
+ * Every table, once. loader/compile.py pins each by its name in a folder that carries the layout's digest, and lets an
+ * upgrade with the same layout go on with the tables that are there.
  *
- * One declaration for all kinds, because bcc's own macros cannot pin a sockhash, a ring buffer or socket storage.
+ * One declaration for all kinds, because bcc's own macros know no socket storage.
  */
 #pragma once
 #include "abi.h"
@@ -24,8 +24,8 @@
 		u32 max_entries;                                                                             \
 		int flags;                                                                                   \
 	};                                                                                                   \
-	__attribute__((section("maps/" _kind ":" PIN_DIR "/" #_name))) struct _name##_table_t _name = {      \
-	    .flags = (_flags), .max_entries = (_max)};                                                       \
+	__attribute__((section("maps/" _kind))) struct _name##_table_t _name = {.flags = (_flags),           \
+										.max_entries = (_max)};      \
 	BPF_ANNOTATE_KV_PAIR(_name, _key, _leaf)
 
 /* address, port, protocol -> service id. Writer: loader. */

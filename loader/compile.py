@@ -1,11 +1,12 @@
 """The one file that imports bcc. `python -m loader.compile` is a short-lived child, so LLVM's 120 MB are given back.
 
-Reads a job (JSON) on stdin, compiles the inlined text, loads every program and pins it in `programs`; tables pin
-themselves in `maps` (see bpf/maps.h). Prints {"programs": [...], "refused": {...}} or, on failure, {"error", "detail"}.
+Reads a job (JSON) on stdin, compiles the inlined text, loads every program and pins it in `programs`; its tables are
+those pinned in `maps`, made where missing. Prints {"programs": [...], "refused": {...}} or, on failure, {"error"}.
 """
 
 from __future__ import annotations
 
+import ctypes as ct
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from meshbpf.errors import DataplaneError, EnvironmentLack
 
 HEADERS = source.BPF / "kernel"
 SOCK_OPS, SK_MSG, SCHED_CLS, SOCK_ADDR = 13, 16, 3, 18
+LOAD_64, PSEUDO_MAP_FD = 0x18, 1  # the instruction that names a table, and what marks its operand as a descriptor
 # name → program type, expected attach type (-1: none)
 PROGRAMS: dict[str, tuple[int, int]] = {
     "connect4": (SOCK_ADDR, 10),
@@ -75,22 +77,56 @@ def compile_and_pin(job: Job) -> dict[str, str]:
     return refused
 
 
+class _Instruction(ct.Structure):
+    _fields_ = [("code", ct.c_uint8), ("registers", ct.c_uint8), ("offset", ct.c_int16), ("immediate", ct.c_int32)]
+
+
+def _tables(module: Any, lib: Any, folder: Path) -> dict[int, int]:
+    """Pin the tables that bcc has made, and that are not there yet; of the others, bcc's descriptor → the pin's.
+
+    bcc can pin tables itself, but opens a pin that is there by the table's id: that takes CAP_SYS_ADMIN.
+    """
+    instead = {}
+    handle = ct.c_void_p(module.module)
+    lib.bpf_table_name.restype = ct.c_char_p
+    for number in range(lib.bpf_num_tables(handle)):
+        made = lib.bpf_table_fd_id(handle, ct.c_size_t(number))
+        pin = folder / lib.bpf_table_name(handle, ct.c_size_t(number)).decode()
+        if pin.exists():
+            instead[made] = libbpf.get(pin)
+        else:
+            libbpf.pin(made, pin)
+    return instead
+
+
+def _lead(module: Any, lib: Any, name: str, instead: dict[int, int]) -> None:
+    """Let the program, compiled and not yet loaded, use other tables (descriptor → descriptor)."""
+    start, size = (call(module.module, name.encode()) for call in (lib.bpf_function_start, lib.bpf_function_size))
+    if not start:
+        return  # load_func says so
+    for step in (_Instruction * (size // ct.sizeof(_Instruction))).from_address(start):
+        if step.code == LOAD_64 and step.registers >> 4 == PSEUDO_MAP_FD:
+            step.immediate = instead.get(step.immediate, step.immediate)
+
+
 def main() -> int:
     job = Job(**json.load(sys.stdin))
     try:
-        from bcc import BPF
+        from bcc import BPF, lib
     except ImportError:
         print(json.dumps({"error": "bcc"}))
         return 1
-    flags = [f'-DPIN_DIR="{job.maps}"', *(f"-D{name}={value}" for name, value in job.defines.items())]
+    flags = [f"-D{name}={value}" for name, value in job.defines.items()]
     try:
         module = BPF(text=source.text(), cflags=flags)
     except Exception as error:  # noqa: BLE001  bcc raises bare Exception
         print(json.dumps({"error": f"compile: {error}"}))
         return 1
+    instead = _tables(module, lib, Path(job.maps))
     refused: dict[str, str] = {}
     for name in (*job.names, *job.optional):
         kind, attach_type = PROGRAMS[name]
+        _lead(module, lib, name, instead)
         try:
             function = module.load_func(name, kind, None, attach_type)
         except Exception as error:  # noqa: BLE001

@@ -184,6 +184,8 @@ class Rig:
             try:
                 self.cgroup.rmdir()
                 return
+            except FileNotFoundError:  # `start` was not allowed to make it
+                return
             except OSError:  # a process that has just ended still counts
                 if time.monotonic() > deadline:
                     raise

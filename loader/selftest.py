@@ -143,7 +143,7 @@ def redirect_supported(instance: Instance) -> tuple[bool, str]:
         pass  # never tried, or written by another version: try
     try:
         failed = [check for check in run() if not check.ok]
-    except (EnvironmentLack, DataplaneError) as error:
+    except (EnvironmentLack, DataplaneError, PermissionError) as error:  # who is not root may make no cgroup
         return False, str(error)
     reason = "; ".join(f"{check.id}: {check.detail}" for check in failed)
     if instance.run.is_dir():

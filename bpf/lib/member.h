@@ -6,7 +6,7 @@
  * without this file (REDIRECT=0). `tcp` is always what bpf_skc_to_tcp_sock() gave: its fields, and those of
  * the structures it points to, are plain loads that the kernel guards; a pointer that is 0 reads as 0.
  * sk_psock hangs on a void pointer, which the verifier does not follow, so it is read by
- * bpf_probe_read_kernel().
+ * probe_read_kernel().
  */
 #pragma once
 
@@ -15,6 +15,10 @@
 #define NONBLOCKING 00004000 /* O_NONBLOCK */
 #define POINTER_BITS (~7ULL) /* sk_user_data keeps flags in its low bits */
 #define FIELD(_type, _base, _at) (*(volatile _type *)((void *)(_base) + (_at)))
+
+/* By its number: bcc would turn a call of its own name into bpf_probe_read, which sk_msg may not call, whenever it
+ * cannot see the symbol in kallsyms, and that takes CAP_SYSLOG. */
+static long (*probe_read_kernel)(void *to, u32 size, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 
 /* The socket's sk_psock as a number, or 0. Only a socket of our own table may be asked for what is inside. */
 static __always_inline u64 psock_of(void *tcp)
@@ -30,7 +34,7 @@ static __always_inline bool redirected_all_read(void *tcp)
 
 	if (!psock)
 		return true;
-	if (bpf_probe_read_kernel(&first, sizeof(first), (void *)(psock + AT_PSOCK_INGRESS)))
+	if (probe_read_kernel(&first, sizeof(first), (void *)(psock + AT_PSOCK_INGRESS)))
 		return false;
 	return first == psock + AT_PSOCK_INGRESS;
 }
@@ -46,7 +50,7 @@ static __always_inline bool in_call(void *tcp)
 
 	if (!psock)
 		return false;
-	return bpf_probe_read_kernel(&references, sizeof(references), (void *)(psock + AT_PSOCK_REFCNT)) ||
+	return probe_read_kernel(&references, sizeof(references), (void *)(psock + AT_PSOCK_REFCNT)) ||
 	       references != 1;
 }
 

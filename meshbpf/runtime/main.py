@@ -13,7 +13,7 @@ from aiohttp import web
 from meshbpf.model import Mesh
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.instance import Rules
-from meshbpf.runtime import api
+from meshbpf.runtime import api, notify
 from meshbpf.runtime.agent import Agent, Options, split_listen
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
@@ -63,9 +63,11 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
             follower = spawn(agent.following.follow(sources.meshes(mesh)), "follow sources")
             agent.need(follower)
+            notify.tell(notify.READY)
             await agent.run()
             follower.cancel()
         finally:
+            notify.tell(notify.STOPPING)
             await agent.close()
             for runner in runners:
                 await runner.cleanup()

@@ -47,6 +47,8 @@ class Namespaces:
         """Serve our own namespace and every one that is in use. Raises Busy when our own port is taken."""
         if not any(served.identity == self.home for served in self.served.values()):
             self._keep(listeners.serve(os.dup(netns.Own.fd()), self._port))
+        if missing := environment.missing_to_serve():
+            log.warning("callers in other network namespaces are not governed missing=%s", ",".join(missing))
         for pid in netns.in_use(self._cgroups).values():
             self._serve(netns.of_process(pid))
 
