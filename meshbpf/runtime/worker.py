@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from loader.environment import cgroup2
 from loader.flows import Flows
 from loader.instance import Instance
 from loader.redirect import Redirector
-from meshbpf import logs
+from meshbpf import garbage, logs
 from meshbpf.accesslog_format import wanted
 from meshbpf.errors import ConfigError, DataplaneError, MeshError
 from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
@@ -323,10 +322,7 @@ def main() -> None:
     first = socket.socket(fileno=fd)
     netns.Own.fd()
 
-    # What is imported lives as long as we do, and the data path makes few cycles: look for them rarely.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    garbage.rarely()
 
     async def serve() -> None:
         await Worker(Instance(name)).run(first)

@@ -39,7 +39,7 @@ def chains(draw: st.DrawFn) -> list[Mesh]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(chains())
 def test_every_step_ends_with_the_tables_of_a_whole_plan(chain: list[Mesh]) -> None:
     planner, kernel, free = Planner(Tables(), Ids()), Tables(), Ids()
