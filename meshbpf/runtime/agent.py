@@ -1,9 +1,9 @@
 """The agent: attach, then stay. Joins sources, dataplane, namespaces, workers, metrics and the API; touches no payload.
 
-Order of starting: listeners (so that a taken port changes nothing), tables and hooks, workers; only then does connect
-learn the proxy's port. Order of stopping: connect forgets the port (new connections follow onProxyDown), workers finish
-what they have, all goes. Order of a new mesh: workers first, then the kernel, so that no connection is led to a worker
-that does not know its service; workers of an earlier agent count as workers.
+Order of starting: listeners (so that a taken port changes nothing), tables and hooks, workers (which load meanwhile);
+only then does connect learn the proxy's port. Order of stopping: connect forgets the port (new connections follow
+onProxyDown), workers finish what they have, all goes. Order of a new mesh: workers first, then the kernel, so that no
+connection is led to a worker that does not know its service; workers of an earlier agent count as workers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loader import dataplane, selftest
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
+from meshbpf import wire
 from meshbpf.errors import MeshError
 from meshbpf.model import Acceleration, Mesh, ProxySettings
 from meshbpf.runtime import about, cgroup, orphans
@@ -67,6 +68,7 @@ class Agent:
         self.service_ids: dict[int, tuple[str, str]] = {}
         self.totals = Totals()
         self.totals.adopt(mesh, time.monotonic())
+        self.attached = asyncio.Event()  # from here on there is a `plane`
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._port = split_listen(mesh.agent.proxy.listen)[1]
@@ -89,6 +91,8 @@ class Agent:
         self.gone: list[str] = []  # cgroups that the last scan did not find
         self._needed: list[asyncio.Task[Any]] = []
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
+        self._redirect_lack = ""  # as attach found
+        self._told: Mesh | None = None  # what the workers were told last
         self._unwritten = False  # the state file is older than the mesh
 
     @property
@@ -127,19 +131,24 @@ class Agent:
 
     async def attach(self) -> None:
         """Attach or upgrade, and open the pins for writing; the caller holds the lock."""
-        told = await self._about(self.mesh, layout="", redirect=False)  # they keep their layout, and soon end
-        await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
-        dataplane.attach(self.options.instance, self.options.cgroups, self.mesh)
-        opened = dataplane.open_pins(self.options.instance)
-        assert opened is not None
-        self.plane = opened[0]
+        if self._orphans:  # they keep their layout, and soon end
+            told = await asyncio.to_thread(about.pack, self.mesh, self._about(layout="", redirect=False))
+            await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
+        await asyncio.gather(
+            asyncio.to_thread(dataplane.attach, self.options.instance, self.options.cgroups, self.mesh),
+            self.supervisor.start(self.workers),  # they load what they need while the programs are compiled
+            asyncio.to_thread(wire.texts, self.mesh),
+        )
+        state = self.options.instance.read_state()
+        self._redirect_lack = str(state["redirectLack"])
+        self.plane = Dataplane(self.options.instance, state["layout"], self.mesh.agent.maps)
+        self.attached.set()
 
     async def start(self) -> None:
         """From attached tables to a proxy that serves."""
         loop = asyncio.get_running_loop()
         self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
         await self._tell_workers(self.mesh)
-        await self.supervisor.start(self.workers)
         if not await self._settled(READY_SECONDS):
             if self.supervisor.refusal:
                 raise MeshError(self.supervisor.refusal)
@@ -159,6 +168,7 @@ class Agent:
         self._scanner = spawn(self._scan(), "scan namespaces")
         self.need(self._scanner)
         self._trial = spawn(self._accelerate(), "try acceleration")
+        spawn(self._recall(), "recall what the kernel holds")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
             self.options.instance.name, os.getpid(), self.workers, self.mesh.generation, len(self.mesh.services),
@@ -212,12 +222,18 @@ class Agent:
         )
         await self._note()
 
+    async def _recall(self) -> None:
+        """Plan once what is there already, so that the first change costs no more than the later ones."""
+        async with self._applying:
+            try:
+                await asyncio.to_thread(self.plane.apply, self.mesh)
+            except (MeshError, OSError) as error:
+                log.warning("the kernel's tables could not be read again error=%s", error)
+
     async def _note(self) -> None:
         """Write the state file. When that cannot be, say so and try again with the next scan: the mesh serves."""
         try:
-            await asyncio.to_thread(
-                dataplane.write_state, self.options.instance, self.plane.layout, self.options.cgroups, self.mesh
-            )
+            await asyncio.to_thread(self._write_state, self.mesh)
         except OSError as error:
             self.apply_error = f"the mesh serves, but {self.options.instance.state_file} is old: {error}"
             log.error("state not written error=%s", error)
@@ -225,6 +241,10 @@ class Agent:
         else:
             if self._unwritten:
                 self.apply_error, self._unwritten = "", False
+
+    def _write_state(self, mesh: Mesh) -> None:
+        where = self.options.instance, self.plane.layout, self.options.cgroups
+        dataplane.write_state(*where, mesh, self._redirect_lack)
 
     def _with_our_settings(self, mesh: Mesh) -> Mesh:
         """What only a start can change stays as it is; a change of it is logged."""
@@ -244,18 +264,28 @@ class Agent:
 
     async def _tell_workers(self, mesh: Mesh) -> None:
         redirect = self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF
-        self.supervisor.use(mesh.generation, await self._about(mesh, self.plane.layout, redirect))
+        more = self._about(self.plane.layout, redirect)
+        last, self._told = self._told, mesh
+        change = about.pack_change(last, mesh, more) if last is not None else None
 
-    async def _about(self, mesh: Mesh, layout: str, redirect: bool) -> bytes:
-        """All that a worker has to know."""
+        def pack() -> bytes:
+            return about.pack(mesh, more)
+
+        if last is None or change is None:
+            packed = await asyncio.to_thread(pack)
+            self.supervisor.use(mesh.generation, lambda: packed)
+        else:
+            self.supervisor.use(mesh.generation, pack, change, last.generation)
+
+    def _about(self, layout: str, redirect: bool) -> dict[str, Any]:
+        """What a worker has to know besides the mesh."""
         home = next(s for s in self.namespaces.served.values() if s.identity == self.namespaces.home)
-        more = {
+        return {
             "layout": layout,
             "cgroups": [str(path) for path in self.options.cgroups],
             "cookie": home.cookie,
             "redirect": redirect,
         }
-        return await asyncio.to_thread(about.pack, mesh, more)
 
     async def _accelerate(self) -> None:
         """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).

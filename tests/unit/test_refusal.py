@@ -75,13 +75,13 @@ def supervised() -> tuple[Supervisor, Handle, list[str]]:
 
 def test_the_supervisor_remembers_a_refusal_until_another_mesh_comes() -> None:
     supervisor, handle, changes = supervised()
-    supervisor.use(2, b"")
+    supervisor.use(2, bytes)
     supervisor._receive(handle, {"type": "using", "generation": 2, "trouble": ""}, [])
     assert supervisor.ready == 1
     supervisor._receive(handle, {"type": "refused", "generation": 2, "why": "poison"}, [])
     assert supervisor.refusal == "worker 7 cannot follow: poison"
     assert (supervisor.ready, len(changes)) == (0, 2)
-    supervisor.use(1, b"")
+    supervisor.use(1, bytes)
     assert supervisor.refusal == ""
     supervisor._receive(handle, {"type": "using", "generation": 1, "trouble": ""}, [])
     assert supervisor.ready == 1
@@ -130,7 +130,7 @@ def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Agent:
     made.supervisor = cast(Supervisor, Workers())
 
     async def tell(mesh: Mesh) -> None:
-        made.supervisor.use(mesh.generation, b"")
+        made.supervisor.use(mesh.generation, bytes)
 
     monkeypatch.setattr(made, "_tell_workers", tell)
     return made
