@@ -4,7 +4,6 @@
 #define COUNTERS 256
 #define REASON_STRIDE 64
 #define HEARTBEAT_MAX_NS 1000000000
-#define LISTENER_PRIORITY 28002
 #define CREDIT_BYTES 1048576
 #define PUBLISH_BYTES 16384
 #define PROVEN 4294967296
@@ -137,6 +136,11 @@ struct agent_state {
 	u16 pad[3];
 };
 _Static_assert(sizeof(struct agent_state) == 24, "agent_state");
+
+struct listener {
+	u32 ours;
+};
+_Static_assert(sizeof(struct listener) == 4, "listener");
 
 struct origin {
 	u64 netns;

@@ -68,8 +68,8 @@ static __always_inline bool pick_endpoint(u32 service_id, const struct policy_va
 	return false;
 }
 
-/* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its socket
- * priority, see LISTENER_PRIORITY in loader/abi.py for who can set it. */
+/* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its entry in
+ * `listeners`, which nobody can make who has not opened our pins. */
 static __always_inline bool proxy_listens(struct bpf_sock_addr *ctx, const struct agent_state *state,
 					  bool ipv4)
 {
@@ -92,7 +92,7 @@ static __always_inline bool proxy_listens(struct bpf_sock_addr *ctx, const struc
 	}
 	if (!listener)
 		return false;
-	ours = listener->state == LISTENING && listener->priority == LISTENER_PRIORITY;
+	ours = listener->state == LISTENING && listeners.sk_storage_get(listener, 0, 0);
 	bpf_sk_release(listener);
 	return ours;
 }

@@ -42,6 +42,8 @@ TABLE("hash", u32, u64, rounds, SIZE_POLICIES, 0);
 TABLE("array", int, struct agent_state, agent, 1, 0);
 /* when a worker last lived, CLOCK_MONOTONIC in ns. Writers: workers. */
 TABLE("array", int, u64, heartbeat, 1, 0);
+/* per socket: there for the proxy's listeners, for nobody else. Writer: agent. Reader: connect. */
+TABLE("sk_storage", int, struct listener, listeners, 0, BPF_F_NO_PREALLOC);
 /* per socket: what connect decided about it. Writer: connect. */
 TABLE("sk_storage", int, struct origin, origins, 0, BPF_F_NO_PREALLOC);
 /* client within a namespace -> what it dialled. Writer: sockops, and nobody else. Reader: workers. */

@@ -56,9 +56,6 @@ class Program(IntEnum):
 REASON_STRIDE = KERNEL_REASONS
 COUNTERS = len(Program) * REASON_STRIDE  # index: Program * REASON_STRIDE + Reason
 HEARTBEAT_MAX_NS = 1_000_000_000
-# The mark of the proxy's listener. SO_PRIORITY above 6 takes CAP_NET_ADMIN, or CAP_NET_RAW on newer kernels, which
-# container engines give by default: it keeps out who is there by accident, not a container that poses as the proxy.
-LISTENER_PRIORITY = 0x6D62
 CREDIT_BYTES = 1 << 20  # promise 4
 PUBLISH_BYTES = 1 << 14  # how far a member's own count of redirected bytes may run ahead of the one its peer sees
 PROVEN = 1 << 32  # marks a proof: sequence numbers are 32 bits, and 0 is one of them
@@ -110,6 +107,12 @@ class AgentState(ct.Structure):
         ("proxy_port", be16),
         ("pad", u16 * 3),
     ]
+
+
+class Listener(ct.Structure):
+    """Per-socket storage: that it is there says that the socket is a listener of the proxy."""
+
+    _fields_ = [("ours", u32)]
 
 
 class Origin(ct.Structure):
@@ -242,15 +245,14 @@ class Command(ct.Structure):
 
 
 STRUCTS: tuple[type[ct.Structure], ...] = (
-    ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Origin, FlowKey, FlowValue,
-    ConnectionCount, Event, MemberKey, Member, Pair, Command,
+    ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Listener, Origin, FlowKey,
+    FlowValue, ConnectionCount, Event, MemberKey, Member, Pair, Command,
 )  # fmt: skip
 ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Program, Reason, Side, Op)
 CONSTANTS = {
     "COUNTERS": COUNTERS,
     "REASON_STRIDE": REASON_STRIDE,
     "HEARTBEAT_MAX_NS": HEARTBEAT_MAX_NS,
-    "LISTENER_PRIORITY": LISTENER_PRIORITY,
     "CREDIT_BYTES": CREDIT_BYTES,
     "PUBLISH_BYTES": PUBLISH_BYTES,
     "PROVEN": PROVEN,

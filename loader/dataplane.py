@@ -2,8 +2,9 @@
 
 The rules: tables are full before the first hook is attached; connect hooks come last and go first, so that nothing is
 led anywhere before the rest is there; a running hook is replaced inside its link, so there is no unattached moment;
-a process killed anywhere leaves only pins of ours, which the next attach adopts and `detach` removes; tables in which
-redirected bytes are still unread stay pinned until they have been read.
+what is led while hooks are replaced is known to the tables that come; a process killed anywhere leaves only pins of
+ours, which the next attach adopts and `detach` removes; tables in which redirected bytes are still unread stay pinned
+until they have been read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from meshbpf.reason import Reason
 log = logging.getLogger("dataplane")
 # hook → attach type, in the order of attaching
 CGROUP_HOOKS = {"getpeername4": 29, "getpeername6": 30, "sockops": 3, "connect4": 10, "connect6": 11}
+EARLIER = "-earlier"  # of a link that is about to go
 # table → key size, value size, per CPU
 SHAPES: dict[str, tuple[int, int, bool]] = {
     "services": (20, 4, False),
@@ -40,6 +42,7 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "agent": (4, 24, False),
     "heartbeat": (4, 8, False),
     "flows": (32, 40, False),
+    "listeners": (4, 4, False),  # keys are socket descriptors
     "connections": (4, 32, True),
     "counters": (4, 8, True),
 }
@@ -112,6 +115,17 @@ class Dataplane:
         state.exempt_cgroup, state.proxy_port = exempt_cgroup, proxy_port
         self.maps["agent"].update(bytes(4), bytes(state))
 
+    def mark(self, listeners: Iterable[socket.socket]) -> None:
+        """Have connect know these sockets, of whatever namespace, for the proxy's."""
+        for listener in listeners:
+            self.maps["listeners"].update(listener.fileno().to_bytes(4, "little"), bytes(abi.Listener(1)))
+
+    def forget(self, flows: Mapping[bytes, bytes]) -> None:
+        """Remove these, which no sockops of ours removes when they end."""
+        for client, flow in flows.items():
+            if self.maps["flows"].lookup(client) == flow:
+                self.maps["flows"].delete(client)
+
     def _agent_state(self) -> abi.AgentState:
         return abi.AgentState.from_buffer_copy(self.maps["agent"].lookup(bytes(4)) or bytes(24))
 
@@ -157,21 +171,44 @@ def _redirect_defines() -> tuple[dict[str, int], str]:
         return {}, error.what
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Tables that are filled and programs that are loaded, but lead nobody yet. `first`: nothing was attached before.
+
+    `same_tables`: those in use before are in use now. `lack` is why this kernel has no redirect.
+    """
+
+    instance: Instance
+    cgroups: Sequence[Path]
+    mesh: Mesh
+    layout: str
+    lack: str
+    first: bool
+    same_tables: bool
+
+
 def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> Iterator[str]:
     """Attach or upgrade, a step at a time; yields each finished step's name. The caller holds the instance's lock.
 
-    `naive` also loads the self-test's control program.
-
     Drive it to the end; a test kills the process between any two steps and finds that attach and detach still work.
     """
+    prepared = yield from _prepare_steps(instance, cgroups, mesh, naive)
+    yield from _lead_steps(prepared)
+
+
+def _prepare_steps(
+    instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False
+) -> Generator[str, None, Prepared]:
+    """`naive` also loads the self-test's control program."""
     environment.require_capabilities()
     environment.require_bpffs()
     _refuse_shared(instance, cgroups)
+    before = instance.read_state()
     sizes = mesh.agent.maps
     cookies = environment.has_netns_cookies()
     fields_of_kernel, lack = _redirect_defines()
     layout = abi.layout(sizes) + ("" if cookies else "-nocookie") + ("" if fields_of_kernel else "-noredirect")
-    maps, stage = instance.maps(layout), instance.pins / "stage"
+    maps, stage = instance.maps(layout), _stage(instance)
     for folder in (instance.pins.parent, instance.pins, maps, instance.programs, instance.links, stage):
         _make_own(folder)
     yield "folders"
@@ -182,26 +219,32 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
     job = compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS), optional)
     lack = lack or " ".join(f"{name}: {why}" for name, why in compile.compile_and_pin(job).items())
     yield "compiled"
-    dataplane = Dataplane(instance, layout, sizes)
-    try:
+    with contextlib.closing(Dataplane(instance, layout, sizes)) as dataplane:
         dataplane.apply(mesh)
-        yield "filled"
-        if fields_of_kernel:
-            if lack:
-                redirect.discard(maps, stage)
-            else:
-                redirect.attach(maps, stage)
-            yield "redirect"
-        yield from _attach_hooks(instance, cgroups, stage)
-        for name in CGROUP_HOOKS:
-            (stage / name).rename(instance.programs / name)
-        stage.rmdir()
-        yield "programs kept"
-        _drop_stale(instance, cgroups, layout)
-        write_state(instance, layout, cgroups, mesh, lack)
-        yield "state written"
-    finally:
-        dataplane.close()
+    yield "filled"
+    if fields_of_kernel:
+        if lack:
+            redirect.discard(maps, stage)
+        else:
+            redirect.attach(maps, stage)
+        yield "redirect"
+    return Prepared(instance, cgroups, mesh, layout, lack, not before, before.get("layout") == layout)
+
+
+def _lead_steps(prepared: Prepared) -> Iterator[str]:
+    instance, cgroups, stage = prepared.instance, prepared.cgroups, _stage(prepared.instance)
+    yield from _attach_hooks(instance, cgroups, stage, prepared.same_tables)
+    for name in CGROUP_HOOKS:
+        (stage / name).rename(instance.programs / name)
+    stage.rmdir()
+    yield "programs kept"
+    _drop_stale(instance, cgroups, prepared.layout)
+    write_state(instance, prepared.layout, cgroups, prepared.mesh, prepared.lack)
+    yield "state written"
+
+
+def _stage(instance: Instance) -> Path:
+    return instance.pins / "stage"
 
 
 def _make_own(folder: Path) -> None:
@@ -221,36 +264,52 @@ def _refuse_shared(instance: Instance, cgroups: Sequence[Path]) -> None:
                 raise Busy(f"{cgroup} is led by instance {other}: name another cgroup, or detach --instance {other}")
 
 
-def _attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path) -> Iterator[str]:
-    """Replace what runs, connect first: with other tables, a new sockops would not know what an old connect decided.
-    Then attach what is missing, connect last.
+def _attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path, same_tables: bool) -> Iterator[str]:
+    """Replace what runs, then attach what is missing, connect last.
+
+    With other tables a sockops does not know what a connect of the other kind decided: so the earlier one stays beside
+    the new one until connect has been replaced.
     """
-    missing = []
+    running: list[tuple[str, Path, Path]] = []
+    missing: list[tuple[str, Path, Path]] = []
     for hook in reversed(CGROUP_HOOKS):
-        with _opened(stage / hook) as program:
-            for cgroup in cgroups:
-                pin = instance.links / f"{cgroup.stat().st_ino}-{hook}"
-                if not pin.exists():
-                    missing.append((hook, cgroup, pin))
-                    continue
-                with _opened(pin) as link:
-                    libbpf.link_update(link, program)
-                yield f"{hook} on {cgroup.name}"
-    for hook, cgroup, pin in reversed(missing):
-        with _opened(stage / hook) as program:
-            target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                link = libbpf.link_create(program, target, CGROUP_HOOKS[hook])
-            except DataplaneError as error:
-                raise DataplaneError(
-                    f"{hook} on {cgroup}: {error}; a program attached there without BPF_F_ALLOW_MULTI refuses others:"
-                    f" bpftool cgroup show {cgroup} effective"
-                ) from error
-            finally:
-                os.close(target)
-            libbpf.pin(link, pin)
-            os.close(link)
+        for cgroup in cgroups:
+            pin = instance.links / f"{cgroup.stat().st_ino}-{hook}"
+            (running if pin.exists() else missing).append((hook, cgroup, pin))
+    for hook, cgroup, pin in running:
+        if hook == "sockops" and not same_tables:
+            _attach_hook(hook, cgroup, pin, stage)
+    for hook, cgroup, pin in running:
+        with _opened(stage / hook) as program, _opened(pin) as link:
+            libbpf.link_update(link, program)
+        for earlier in pin.parent.glob(f"{pin.name}{EARLIER}*"):
+            earlier.unlink()
         yield f"{hook} on {cgroup.name}"
+    for hook, cgroup, pin in reversed(missing):
+        _attach_hook(hook, cgroup, pin, stage)
+        yield f"{hook} on {cgroup.name}"
+
+
+def _attach_hook(hook: str, cgroup: Path, pin: Path, programs: Path) -> None:
+    """By a link of its own; one that has the pin now keeps running under another name."""
+    with _opened(programs / hook) as program:
+        target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            link = libbpf.link_create(program, target, CGROUP_HOOKS[hook])
+        except DataplaneError as error:
+            raise DataplaneError(
+                f"{hook} on {cgroup}: {error}; a program attached there without BPF_F_ALLOW_MULTI refuses others:"
+                f" bpftool cgroup show {cgroup} effective"
+            ) from error
+        finally:
+            os.close(target)
+        if pin.exists():
+            earlier = f"{pin.name}{EARLIER}"
+            while pin.with_name(earlier).exists():  # an attach before us was killed half-way
+                earlier += EARLIER
+            pin.rename(pin.with_name(earlier))
+        libbpf.pin(link, pin)
+        os.close(link)
 
 
 def reattach(instance: Instance, cgroups: Sequence[Path]) -> list[Path]:
@@ -263,7 +322,7 @@ def reattach(instance: Instance, cgroups: Sequence[Path]) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
             inodes.add(str(cgroup.stat().st_ino))
             if any(f"{cgroup.stat().st_ino}-{hook}" not in linked for hook in CGROUP_HOOKS):
-                for _ in _attach_hooks(instance, [cgroup], instance.programs):
+                for _ in _attach_hooks(instance, [cgroup], instance.programs, same_tables=True):
                     pass
                 anew.append(cgroup)
     for pin in instance.links.iterdir() if anew else ():
@@ -322,14 +381,66 @@ def write_state(
     instance.write_state(state, wire.text(mesh))
 
 
+def prepare(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> Prepared:
+    """All of an attach but the leading, for who wants to be ready first. Then `lead`, or `abandon`."""
+    steps = _prepare_steps(instance, cgroups, mesh)
+    next(steps)  # who is refused here has made nothing
+    with _undoing(instance):
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+
+
+def lead(prepared: Prepared) -> dict[bytes, bytes]:
+    """From here on callers are led by what was prepared. Returns the flows that were carried over from tables of
+    another layout: who accepts no more of those connections forgets them (`Dataplane.forget`).
+    """
+    earlier = [folder for folder in prepared.instance.pins.glob("maps-*") if folder.name != f"maps-{prepared.layout}"]
+    key, value, _per_cpu = SHAPES["flows"]
+    with contextlib.ExitStack() as opened, _undoing(prepared.instance):
+        flows = [opened.enter_context(libbpf.Map(folder / "flows", key, value)) for folder in earlier]
+        for _ in _lead_steps(prepared):
+            pass
+        ours = opened.enter_context(libbpf.Map(prepared.instance.maps(prepared.layout) / "flows", key, value))
+        return {k: v for table in flows if table.shape() == ours.shape() for k, v in _carried(table, ours)}
+
+
+def _carried(earlier: libbpf.Map, ours: libbpf.Map) -> Iterator[tuple[bytes, bytes]]:
+    """A connection that the hooks before us led, and that no worker has accepted yet, will be asked about in our table.
+    Where an entry has another shape it cannot be: those few connections are closed, and counted as no_origin.
+    """
+    for client, flow in earlier.items():
+        with contextlib.suppress(DataplaneError):  # its port has a newer connection by now
+            ours.update(client, flow, libbpf.NOEXIST)
+            yield client, flow
+
+
+def abandon(prepared: Prepared) -> None:
+    """Instead of `lead`: a first attach leaves nothing; what an upgrade has made, the next attach or detach removes."""
+    if prepared.first:
+        with contextlib.suppress(Busy):  # what an earlier detach had to leave
+            detach(prepared.instance)
+
+
 def attach(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> None:
     """All of `attach_steps`. A first attach that fails leaves nothing; a failed upgrade leaves what ran before."""
-    first, begun = not instance.read_state(), False
+    steps = attach_steps(instance, cgroups, mesh, naive)
+    next(steps)  # who is refused here has made nothing
+    with _undoing(instance):
+        for _ in steps:
+            pass
+
+
+@contextlib.contextmanager
+def _undoing(instance: Instance) -> Iterator[None]:
+    """A first attach that fails within leaves nothing."""
+    first = not instance.read_state()
     try:
-        for _ in attach_steps(instance, cgroups, mesh, naive):
-            begun = True
+        yield
     except (MeshError, OSError):
-        if first and begun:
+        if first:
             with contextlib.suppress(Busy):  # what an earlier detach had to leave
                 detach(instance)
         raise

@@ -190,6 +190,12 @@ class Map:
                 return found
             place = following.raw
 
+    def shape(self) -> tuple[str, ...]:
+        """Kind, key size and value size, as the kernel has them."""
+        lines = Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
+        said = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        return said["map_type"], said["key_size"], said["value_size"]
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

@@ -95,13 +95,12 @@ class Rig:
         netns = dataplane.netns_cookie(self.listeners[socket.AF_INET])
         self.redirector = redirect.Redirector(self.maps, contextlib.nullcontext, netns, pipes or NoPipes())
 
-    @staticmethod
-    def listen(family: int, address: str, port: int) -> socket.socket:
+    def listen(self, family: int, address: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, abi.LISTENER_PRIORITY)
         listener.bind((address, port))
         listener.listen(64)
+        self.plane.mark([listener])
         listener.settimeout(PATIENCE)
         return listener
 

@@ -1,32 +1,32 @@
 """The agent: attach, then stay. Joins sources, dataplane, namespaces, workers, metrics and the API; touches no payload.
 
-Order of starting: listeners (so that a taken port changes nothing), tables and hooks, workers (which load meanwhile);
-only then does connect learn the proxy's port. Order of stopping: connect forgets the port (new connections follow
-onProxyDown), workers finish what they have, all goes. Order of a new mesh: workers first, then the kernel, so that no
-connection is led to a worker that does not know its service; workers of an earlier agent count as workers.
+Order of starting: listeners (so that a taken port changes nothing), tables, workers (which load meanwhile); only then
+are callers led by what we have attached. With tables of another layout, workers of an earlier agent and ours know only
+what hooks of their own kind led: so the earlier ones stop accepting before the hooks are replaced, and ours begin after
+it; callers who come in between wait in the listeners' queues. Order of stopping: connect forgets the port (new
+connections follow onProxyDown), workers finish what they have, all goes. Meshes that come meanwhile are `following`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
-import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loader import dataplane, selftest
+from loader import dataplane
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
 from meshbpf import wire
 from meshbpf.errors import MeshError
-from meshbpf.model import Acceleration, Mesh, ProxySettings
-from meshbpf.runtime import about, cgroup, orphans
+from meshbpf.model import Mesh
+from meshbpf.runtime import cgroup, orphans
+from meshbpf.runtime.following import Following
+from meshbpf.runtime.listeners import Served
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Supervisor
 from meshbpf.tasks import spawn
@@ -35,8 +35,6 @@ from meshbpf.telemetry import Totals
 log = logging.getLogger("agent")
 SCAN_SECONDS = 5.0
 READY_SECONDS = 30.0
-RESTART = ("registries", "maps", "admin", "proxy")  # of `Agent.spec`: what a running agent does not change
-SETTLE_SECONDS = 1.0  # how long a worker that hangs may hold a new mesh up
 
 
 def split_listen(listen: str) -> tuple[str, int]:
@@ -55,19 +53,13 @@ class Options:
 
 
 class Agent:
-    """One instance's agent: `listen`, `attach`, `start`, `follow` and `run`, then `close`, in this order."""
+    """One instance's agent: `listen`, `attach`, `start` and `run`, then `close`, in this order."""
 
     plane: Dataplane  # once attached
 
     def __init__(self, options: Options, mesh: Mesh) -> None:
         self.options = options
-        self.mesh = mesh
-        self.started = time.time()
-        self.applied_at = time.time()
-        self.apply_error = ""
-        self.service_ids: dict[int, tuple[str, str]] = {}
         self.totals = Totals()
-        self.totals.adopt(mesh, time.monotonic())
         self.attached = asyncio.Event()  # from here on there is a `plane`
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
@@ -78,22 +70,21 @@ class Agent:
             self._report,
             self._changed.set,
         )
-        self.namespaces = Namespaces(options.cgroups, self._port, self.supervisor.listen, self.supervisor.unlisten)
+        self.namespaces = Namespaces(options.cgroups, self._port, self._serve, self.supervisor.unlisten)
+        self.following = Following(
+            options.instance, options.cgroups, mesh, self.supervisor, self.namespaces, self.totals, self._settled
+        )
         self._events: Events | None = None
         self._orphans: list[orphans.Orphan] = []
+        self._prepared: dataplane.Prepared | None = None  # between attach and leading
+        self._serving = False  # workers may accept
+        self._carried: dict[bytes, bytes] = {}  # flows of an earlier layout
         self._scanner: asyncio.Task[None] | None = None
         self._exempt = 0
-        self._ignored = mesh.agent
         self.workers = options.workers or mesh.agent.proxy.workers
-        self.acceleration = "off"
-        self.acceleration_why = "the self-test has not run yet"
         self._trial: asyncio.Task[None] | None = None
         self.gone: list[str] = []  # cgroups that the last scan did not find
         self._needed: list[asyncio.Task[Any]] = []
-        self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
-        self._redirect_lack = ""  # as attach found
-        self._told: Mesh | None = None  # what the workers were told last
-        self._unwritten = False  # the state file is older than the mesh
 
     @property
     def ready(self) -> bool:
@@ -125,54 +116,84 @@ class Agent:
         for orphan in self._orphans:
             for cookie, fds in await orphan.hand_over():
                 self.namespaces.adopt(cookie, fds)
-        for served in self.namespaces.served.values():
-            self.supervisor.listen(served)
         self.namespaces.start()
 
     async def attach(self) -> None:
-        """Attach or upgrade, and open the pins for writing; the caller holds the lock."""
+        """Prepare tables and hooks, and open the tables for writing; the caller holds the lock."""
+        mesh = self.following.mesh
         if self._orphans:  # they keep their layout, and soon end
-            told = await asyncio.to_thread(about.pack, self.mesh, self._about(layout="", redirect=False))
+            told = await self.following.about(mesh, layout="", redirect=False)
             await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
-        await asyncio.gather(
-            asyncio.to_thread(dataplane.attach, self.options.instance, self.options.cgroups, self.mesh),
+        prepared, *others = await asyncio.gather(
+            asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh),
             self.supervisor.start(self.workers),  # they load what they need while the programs are compiled
-            asyncio.to_thread(wire.texts, self.mesh),
+            asyncio.to_thread(wire.texts, mesh),
+            return_exceptions=True,  # what was prepared is known here, whatever else failed
         )
-        state = self.options.instance.read_state()
-        self._redirect_lack = str(state["redirectLack"])
-        self.plane = Dataplane(self.options.instance, state["layout"], self.mesh.agent.maps)
+        if isinstance(prepared, BaseException):
+            raise prepared
+        self._prepared = prepared
+        for failed in others:
+            if isinstance(failed, BaseException):
+                raise failed
+        self.plane = Dataplane(self.options.instance, prepared.layout, mesh.agent.maps)
         self.attached.set()
+        self.following.redirect_lack = prepared.lack
+        self.following.plane = self.plane
+        for served in self.namespaces.served.values():
+            self.plane.mark(served.sockets)
+
+    def _serve(self, *more: Served) -> None:
+        """Have workers accept in these namespaces, once they may."""
+        for served in more:
+            if self._serving:
+                self.plane.mark(served.sockets)
+                self.supervisor.listen(served)
+
+    def _serve_all(self) -> None:
+        if not self._serving:
+            self._serving = True
+            self._serve(*self.namespaces.served.values())
 
     async def start(self) -> None:
-        """From attached tables to a proxy that serves."""
+        """From prepared tables to a proxy that serves."""
         loop = asyncio.get_running_loop()
         self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
-        await self._tell_workers(self.mesh)
+        mesh = self.following.mesh
+        await self.following.tell(mesh)
         if not await self._settled(READY_SECONDS):
             if self.supervisor.refusal:
                 raise MeshError(self.supervisor.refusal)
             raise MeshError(f"the workers did not start within {READY_SECONDS:.0f} s: see the lines above")
-        drain = self.mesh.agent.proxy.drain
-        # They must not accept what hooks with newer tables lead here: they could not look it up.
-        await asyncio.gather(*(orphan.turn_deaf(drain) for orphan in self._orphans))
-        for orphan in self._orphans:
-            spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")
+        await self._lead()
         if self._stop.is_set():
             return
-        self.plane.set_agent(self._port, self._exempt)
         self._events = Events(
             self.plane.maps_folder / "events", lambda event: self.namespaces.serve_caller(event.pid, event.netns)
         )
         loop.add_reader(self._events.fileno(), self._events.read)
         self._scanner = spawn(self._scan(), "scan namespaces")
         self.need(self._scanner)
-        self._trial = spawn(self._accelerate(), "try acceleration")
-        spawn(self._recall(), "recall what the kernel holds")
+        self._trial = spawn(self.following.accelerate(), "try acceleration")
+        spawn(self.following.recall(), "recall what the kernel holds")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
-            self.options.instance.name, os.getpid(), self.workers, self.mesh.generation, len(self.mesh.services),
+            self.options.instance.name, os.getpid(), self.workers, mesh.generation, len(mesh.services),
         )  # fmt: skip
+
+    async def _lead(self) -> None:
+        """Callers come to us from here on: no moment in which nobody accepts, and none in which the wrong ones do."""
+        assert self._prepared is not None
+        if self._prepared.same_tables:
+            self._serve_all()
+        drain = self.following.mesh.agent.proxy.drain
+        await asyncio.gather(*(orphan.turn_deaf(drain) for orphan in self._orphans))
+        self.plane.set_agent(self._port, self._exempt)
+        self._carried = dataplane.lead(self._prepared)
+        self._prepared = None
+        self._serve_all()
+        for orphan in self._orphans:
+            spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")
 
     async def _settled(self, seconds: float) -> bool:
         """Whether, in time, every worker serves the newest mesh; also True when it is time to stop.
@@ -190,115 +211,6 @@ class Agent:
             return False
         return True
 
-    async def follow(self, meshes: AsyncIterator[Mesh]) -> None:
-        """Apply each mesh; one that the kernel or a worker refuses is logged, and the last good one stays."""
-        async for mesh in meshes:
-            async with self._applying:
-                await self.apply(mesh)
-
-    async def apply(self, mesh: Mesh) -> None:
-        """Workers, then the kernel, then the state file. Never raises for what the machine does to us: the next mesh
-        may fare better, and following must not end.
-        """
-        try:
-            mesh = self._with_our_settings(mesh)
-            await self._tell_workers(mesh)
-            await self._settled(SETTLE_SECONDS)
-            if self.supervisor.refusal:
-                raise MeshError(self.supervisor.refusal)
-            applied = self.plane.apply(mesh)
-        except (MeshError, OSError) as error:
-            self.apply_error = str(error)
-            log.error("mesh refused, the last one stays generation=%d error=%s", mesh.generation, error)
-            with contextlib.suppress(OSError):
-                await self._tell_workers(self.mesh)
-            return
-        self.apply_error = ""
-        self.mesh = mesh
-        self.applied_at = time.time()
-        self.totals.adopt(mesh, time.monotonic())
-        log.info(
-            "mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes
-        )
-        await self._note()
-
-    async def _recall(self) -> None:
-        """Plan once what is there already, so that the first change costs no more than the later ones."""
-        async with self._applying:
-            try:
-                await asyncio.to_thread(self.plane.apply, self.mesh)
-            except (MeshError, OSError) as error:
-                log.warning("the kernel's tables could not be read again error=%s", error)
-
-    async def _note(self) -> None:
-        """Write the state file. When that cannot be, say so and try again with the next scan: the mesh serves."""
-        try:
-            await asyncio.to_thread(self._write_state, self.mesh)
-        except OSError as error:
-            self.apply_error = f"the mesh serves, but {self.options.instance.state_file} is old: {error}"
-            log.error("state not written error=%s", error)
-            self._unwritten = True
-        else:
-            if self._unwritten:
-                self.apply_error, self._unwritten = "", False
-
-    def _write_state(self, mesh: Mesh) -> None:
-        where = self.options.instance, self.plane.layout, self.options.cgroups
-        dataplane.write_state(*where, mesh, self._redirect_lack)
-
-    def _with_our_settings(self, mesh: Mesh) -> Mesh:
-        """What only a start can change stays as it is; a change of it is logged."""
-        ours, new = self.mesh.agent, mesh.agent
-        kept = replace(
-            new,
-            registries=ours.registries,
-            maps=ours.maps,
-            admin=ours.admin,
-            proxy=ProxySettings(ours.proxy.listen, ours.proxy.workers, new.proxy.drain),
-        )
-        if new not in (kept, self._ignored):
-            names = [name for name in RESTART if getattr(kept, name) != getattr(new, name)]
-            log.warning("settings that need a restart have changed fields=%s", ",".join(names))
-        self._ignored = new
-        return replace(mesh, agent=kept)
-
-    async def _tell_workers(self, mesh: Mesh) -> None:
-        redirect = self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF
-        more = self._about(self.plane.layout, redirect)
-        last, self._told = self._told, mesh
-        change = about.pack_change(last, mesh, more) if last is not None else None
-
-        def pack() -> bytes:
-            return about.pack(mesh, more)
-
-        if last is None or change is None:
-            packed = await asyncio.to_thread(pack)
-            self.supervisor.use(mesh.generation, lambda: packed)
-        else:
-            self.supervisor.use(mesh.generation, pack, change, last.generation)
-
-    def _about(self, layout: str, redirect: bool) -> dict[str, Any]:
-        """What a worker has to know besides the mesh."""
-        home = next(s for s in self.namespaces.served.values() if s.identity == self.namespaces.home)
-        return {
-            "layout": layout,
-            "cgroups": [str(path) for path in self.options.cgroups],
-            "cookie": home.cookie,
-            "redirect": redirect,
-        }
-
-    async def _accelerate(self) -> None:
-        """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).
-
-        Not before: connections are served by plain TCP meanwhile, so the start does not wait for the self-test.
-        """
-        ok, why = await asyncio.to_thread(selftest.redirect_supported, self.options.instance)
-        self.acceleration, self.acceleration_why = ("redirect", "self-test passed") if ok else ("off", why)
-        log.info("acceleration=%s why=%s", self.acceleration, self.acceleration_why)
-        if ok:
-            async with self._applying:
-                await self._tell_workers(self.mesh)
-
     def _report(self, incarnation: str, snapshot: Any) -> None:
         if snapshot is None:
             self.totals.ended(incarnation)
@@ -309,12 +221,13 @@ class Agent:
         while True:
             await asyncio.sleep(SCAN_SECONDS)
             try:
+                self.plane.forget(self._carried)
+                self._carried = {}
                 self._lead_anew()
                 self.namespaces.scan()
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
-            if self._unwritten:
-                await self._note()
+            await self.following.note_again()
 
     def _lead_anew(self) -> None:
         """A cgroup is removed and made anew when its unit restarts: nothing leads the new one until we do."""
@@ -328,7 +241,7 @@ class Agent:
     async def run(self) -> None:
         """Until SIGTERM or SIGINT, then drain."""
         await self._stop.wait()
-        drain = self.mesh.agent.proxy.drain
+        drain = self.following.mesh.agent.proxy.drain
         log.info("draining seconds=%.1f", drain)
         self.plane.set_agent(0, self._exempt)  # from here on no connection is led to the proxy
         await self.supervisor.drain(drain)
@@ -346,3 +259,5 @@ class Agent:
             self._events = None
         await self.supervisor.drain(0.0)
         self.namespaces.close()
+        if self._prepared is not None:
+            dataplane.abandon(self._prepared)

@@ -10,7 +10,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from loader import abi, dataplane
+from loader import dataplane
 from meshbpf.errors import Busy, MeshError
 from meshbpf.runtime import netns, ports
 
@@ -37,8 +37,6 @@ class Served:
 def _listen(family: int, address: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # So that the connect hook knows this listener from a stranger's, see there for who can set it.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, abi.LISTENER_PRIORITY)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((address, port))
         sock.listen(BACKLOG)
@@ -64,7 +62,8 @@ def cookie_of(path: str) -> int | None:
 
 
 def serve(fd: int, port: int) -> Served:
-    """Open our listeners in the namespace `fd` (which becomes ours to close). Raises Busy when the port is taken."""
+    """Open our listeners in the namespace `fd` (which becomes ours to close); connect knows them when they are marked
+    (`Dataplane.mark`). Raises Busy when the port is taken."""
     served = Served(netns.identity(fd), fd, 0)
     try:
         with netns.inside(fd):

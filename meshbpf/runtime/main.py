@@ -65,7 +65,7 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
                 agent.supervisor.reopen_logs()
 
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
-            follower = spawn(agent.follow(sources.meshes(mesh)), "follow sources")
+            follower = spawn(agent.following.follow(sources.meshes(mesh)), "follow sources")
             agent.need(follower)
             await agent.run()
             follower.cancel()

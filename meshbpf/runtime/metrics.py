@@ -30,7 +30,7 @@ class Metrics:
 
     async def serve(self) -> web.AppRunner:
         """Listen where `Agent.spec.admin.listen` says. Raises Busy when the port is taken."""
-        return await admin.serve(self._agent.mesh.agent.admin.listen, self._page, self._not_ready)
+        return await admin.serve(self._agent.following.mesh.agent.admin.listen, self._page, self._not_ready)
 
     def _not_ready(self) -> str | None:
         """Ready means: callers are served, and news is followed. A mesh that was refused (`error` of status) is no
@@ -48,7 +48,7 @@ class Metrics:
         await self._agent.attached.wait()
         stats = self._agent.totals.merged(time.monotonic())
         sources = self._sources.report()
-        return await asyncio.to_thread(self._render, accept, self._agent.mesh, stats, sources)
+        return await asyncio.to_thread(self._render, accept, self._agent.following.mesh, stats, sources)
 
     def _render(self, accept: str, mesh: Mesh, stats: Any, sources: list[dict[str, Any]]) -> tuple[bytes, str]:
         plane = self._agent.plane
@@ -95,8 +95,8 @@ class Metrics:
             "workers": agent.workers,
             "worker_pids": agent.supervisor.pids,
             "restarts": agent.supervisor.restarts,
-            "acceleration": f"{agent.acceleration} ({agent.acceleration_why})",
-            "generation": agent.mesh.generation,
+            "acceleration": f"{agent.following.acceleration} ({agent.following.acceleration_why})",
+            "generation": agent.following.mesh.generation,
             "sources": self._sources.report(),
             "error": self._trouble(),
             "namespaces": len(agent.namespaces.served),
@@ -106,7 +106,7 @@ class Metrics:
     def _trouble(self) -> str:
         """All that is not as it should be, worst first."""
         agent = self._agent
-        found = (self._gone(), agent.dead, agent.apply_error, agent.supervisor.refusal, agent.supervisor.trouble)
+        found = (self._gone(), agent.dead, agent.following.error, agent.supervisor.refusal, agent.supervisor.trouble)
         return "; ".join(filter(None, (*found, self._sources.crowded)))
 
     def _gone(self) -> str:

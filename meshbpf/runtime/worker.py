@@ -1,4 +1,4 @@
-"""One proxy worker: `python -m meshbpf.runtime.worker INSTANCE FD`. Joins the data path to the kernel's tables.
+"""One proxy worker: `python -m meshbpf.runtime.worker INSTANCE FD`. Its life, and what it does at an agent's word.
 
 It serves what the agent sends it (a mesh, listeners) and goes on serving the last of it when the agent is gone; the
 next agent finds it by its socket in the run directory and takes the listeners over.
@@ -8,40 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
-import random
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from loader.dataplane import Dataplane
-from loader.environment import cgroup2
-from loader.flows import Flows
 from loader.instance import Instance
-from loader.redirect import Redirector
 from meshbpf import garbage, logs
-from meshbpf.accesslog_format import wanted
-from meshbpf.errors import ConfigError, DataplaneError, MeshError
-from meshbpf.model import AccessLogPolicy, AccessLogSettings, Mesh
-from meshbpf.record import Record
+from meshbpf.model import Mesh
 from meshbpf.runtime import netns
 from meshbpf.runtime.about import Reader
 from meshbpf.runtime.channel import Blob, Channel
-from meshbpf.runtime.workload import Workloads
+from meshbpf.runtime.serving import Serving
 from meshbpf.tasks import spawn
-from userspace_proxy.accesslog import AccessLog
-from userspace_proxy.origin import Origin
-from userspace_proxy.server import Proxy
 from userspace_proxy.stats import Stats
 
 log = logging.getLogger("worker")
@@ -55,18 +41,8 @@ class Worker:
         self._instance = instance
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
-        self._dataplane: Dataplane | None = None
-        self._flows: Flows | None = None
-        self._redirector: Redirector | None = None
-        self._proxy: Proxy | None = None
-        self._access_log: AccessLog | None = None
-        self._log_settings = AccessLogSettings()
-        self._sampling: dict[str, AccessLogPolicy] = {}
+        self._serving: Serving | None = None  # from the first mesh on
         self._stats = Stats()
-        self._workloads = Workloads(cgroup2(), ())
-        self._namespaces: dict[int, int] = {}  # cookie → descriptor of the namespace
-        self._listeners: dict[int, list[socket.socket]] = {}
-        self._cookie = 0
         self._done = asyncio.Event()
         self._draining = False
         self._drain_seconds = 0.0
@@ -93,8 +69,8 @@ class Worker:
         door.close()
         path.unlink(missing_ok=True)
         self._report()
-        if self._access_log is not None:
-            self._access_log.close()
+        if self._serving is not None:
+            self._serving.close_log()
 
     def _take_agent(self, door: socket.socket) -> None:
         """A new agent knocks: it is the one we talk to from now on."""
@@ -112,7 +88,7 @@ class Worker:
 
     def _agent_gone(self) -> None:
         self._channel = None
-        if self._dataplane is None:
+        if self._serving is None:
             self._done.set()  # nothing was given to us to serve
         else:
             log.info("the agent is gone: serving the last mesh pid=%d", os.getpid())
@@ -123,22 +99,30 @@ class Worker:
             if not message.get("change"):
                 self._unread.clear()
             self._unread.append(message["blob"])
-            if self._proxy is None:  # nobody waits yet, and what comes next builds on it
+            if self._serving is None:  # nobody waits yet, and what comes next builds on it
                 about = self._unread.pop().read()
                 with self._refusing(about), garbage.paused():
                     self._use(self._reader.mesh(about), about)
             elif self._following is None or self._following.done():
                 self._following = spawn(self._follow(), "follow")
-        elif kind == "listen":
-            self._listen(int(message["netns"]), fds)
-        elif kind == "unlisten":
-            self._unlisten(int(message["netns"]))
         elif kind == "handover":
             self._hand_over()
         elif kind == "drain":
             self._drain(float(message["seconds"]))
-        elif kind == "reopen" and self._access_log is not None:
-            self._access_log.reopen()
+        elif self._serving is not None:
+            self._serve(self._serving, kind, message, fds)
+        else:  # the first mesh was refused: there is nothing to serve with
+            for fd in fds:
+                os.close(fd)
+
+    def _serve(self, serving: Serving, kind: str, message: dict[str, Any], fds: list[int]) -> None:
+        if kind == "listen":
+            serving.listen(cookie := int(message["netns"]), fds)
+            self._say({"type": "listening", "netns": cookie})
+        elif kind == "unlisten":
+            serving.unlisten(int(message["netns"]))
+        elif kind == "reopen":
+            serving.reopen_log()
 
     async def _follow(self) -> None:
         """Read the newest mesh in a thread, since a large one takes longer than callers may wait; then use it."""
@@ -165,115 +149,18 @@ class Worker:
             self._channel.send(message)
 
     def _use(self, mesh: Mesh, about: dict[str, Any]) -> None:
-        if self._proxy is None:
-            plane = Dataplane(self._instance, about["layout"], mesh.agent.maps)
-            self._flows = Flows(plane.maps["flows"].fd)
-            self._workloads = Workloads(cgroup2(), [Path(path) for path in about["cgroups"]])
-            self._cookie = int(about["cookie"])
-            self._dataplane = plane
-            self._proxy = Proxy(
-                lookup=self._origin,
-                sink=self._sink,
-                make_socket=self._make_socket,
-                stats=self._stats,
-                accelerator=None,
-            )
+        if self._serving is None:
+            self._serving = Serving(self._instance, self._stats, mesh, about)
             self._beat()
             self._report_later()
-        trouble = self._log_to(mesh.agent.access_log)
-        # Most services log everything: only those that sample are asked about.
-        self._sampling = {
-            service.label: policy.access_log
-            for service in mesh.services
-            if (policy := mesh.policy_for(service)).access_log.sample_percent < 100.0
-        }
-        self._stats.adopt(mesh, time.monotonic())
-        self._redirect(bool(about["redirect"]))
-        self._proxy.use(mesh)
+        trouble = self._serving.use(mesh, bool(about["redirect"]))
         self._drain_seconds = mesh.agent.proxy.drain
         self._say({"type": "using", "generation": mesh.generation, "trouble": trouble})
-
-    def _log_to(self, settings: AccessLogSettings) -> str:
-        """Write the access log as `settings` say; why not, when that cannot be: then the log before goes on."""
-        if self._access_log is not None and self._log_settings == settings:
-            return ""
-        try:
-            opened = AccessLog(settings, self._loop, self._stats.lost)
-        except ConfigError as error:
-            if self._access_log is None:
-                raise
-            return str(error)
-        if self._access_log is not None:
-            self._access_log.close()
-        self._access_log, self._log_settings = opened, settings
-        return ""
-
-    def _redirect(self, wanted: bool) -> None:
-        """New connections may join the redirect table, or may no longer; those inside stay until they leave."""
-        assert self._proxy is not None and self._dataplane is not None
-        if wanted and self._redirector is None:
-            try:
-                self._redirector = Redirector(self._dataplane.maps_folder, self._in_netns, self._cookie)
-            except DataplaneError as error:
-                log.warning("no redirect table here: all goes by TCP error=%s", error)
-        self._proxy.accelerator = self._redirector if wanted else None
-
-    def _in_netns(self, cookie: int) -> AbstractContextManager[None]:
-        return netns.inside(self._namespaces[cookie])
-
-    def _sink(self, record: Record) -> None:
-        self._stats.record(record)
-        assert self._access_log is not None
-        policy = self._sampling.get(record.service) if self._sampling else None
-        if policy is not None and not wanted(record, policy, random.random()):
-            return
-        self._access_log.write(record)
-
-    def _origin(self, cookie: int, address: str, port: int) -> Origin | None:
-        assert self._flows is not None
-        flow = self._flows(cookie, address, port)
-        if flow is None:
-            return None
-        asked, asked_port, cgroup_id = flow
-        return Origin(asked, asked_port, self._workloads(cgroup_id), cookie)
-
-    def _make_socket(self, cookie: int, family: int) -> socket.socket:
-        """A socket in the caller's namespace, so that addresses and network policies stay the caller's.
-
-        Raises OSError, as socket() does, also when the namespace is no longer served.
-        """
-        if cookie == self._cookie:
-            return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            with netns.inside(self._namespaces[cookie]):
-                return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except (KeyError, MeshError) as error:
-            raise OSError(errno.ENETDOWN, "the caller's network namespace is gone") from error
-
-    def _listen(self, cookie: int, fds: list[int]) -> None:
-        namespace, *listeners = fds
-        self._unlisten(cookie)
-        self._namespaces[cookie] = namespace
-        self._listeners[cookie] = [socket.socket(fileno=fd) for fd in listeners]
-        assert self._proxy is not None
-        for sock in self._listeners[cookie]:
-            self._proxy.listen(cookie, sock)
-        if self._channel is not None:
-            self._channel.send({"type": "listening", "netns": cookie})
-
-    def _unlisten(self, cookie: int) -> None:
-        if cookie in self._listeners:
-            assert self._proxy is not None
-            self._proxy.unlisten(cookie)
-            for sock in self._listeners.pop(cookie):
-                sock.close()
-            os.close(self._namespaces.pop(cookie))
 
     def _hand_over(self) -> None:
         """Give the listeners to the agent that asks, one message per namespace, then say that is all."""
         assert self._channel is not None
-        for cookie, sockets in self._listeners.items():
-            fds = [self._namespaces[cookie], *(sock.fileno() for sock in sockets)]
+        for cookie, fds in self._serving.listeners() if self._serving is not None else ():
             self._channel.send({"type": "listener", "netns": cookie}, fds)
         self._channel.send({"type": "handed over"})
 
@@ -287,23 +174,18 @@ class Worker:
     async def _finish(self, seconds: float) -> None:
         try:
             await asyncio.sleep(STRAGGLE_SECONDS)
-            while self._listeners:  # not the namespaces: what is under way may still have to dial in them
-                cookie, sockets = self._listeners.popitem()
-                if self._proxy is not None:
-                    self._proxy.unlisten(cookie)
-                for sock in sockets:
-                    sock.close()
-            if self._channel is not None:
-                self._channel.send({"type": "deaf"})
-            if self._proxy is not None:
-                await self._proxy.drain(seconds)
+            if self._serving is not None:
+                self._serving.turn_deaf()
+            self._say({"type": "deaf"})
+            if self._serving is not None:
+                await self._serving.drain(seconds)
         finally:
             self._done.set()
 
     def _beat(self) -> None:
         """Say that the loop turns. A worker that drains no longer vouches for new connections."""
-        if not self._draining and self._dataplane is not None:
-            self._dataplane.beat(time.monotonic_ns())
+        if not self._draining and self._serving is not None:
+            self._serving.beat()
             self._loop.call_later(BEAT_SECONDS, self._beat)
 
     def _report(self) -> None:

@@ -38,7 +38,7 @@ def endpoint() -> Iterator[Listener]:
 
 @pytest.fixture
 def proxy() -> Iterator[Listener]:
-    with Listener(priority=abi.LISTENER_PRIORITY) as made:
+    with Listener() as made:
         yield made
 
 
@@ -75,7 +75,7 @@ def stopped(ground: Ground, proxy: Listener) -> Iterator[str]:
 @contextlib.contextmanager
 def hung(ground: Ground, proxy: Listener) -> Iterator[str]:
     """It listens, and does not beat."""
-    ground.plane.set_agent(proxy.port, 0)
+    ground.proxy(proxy, beat=False)
     ground.plane.beat(time.monotonic_ns() - LONG_AGO_NS)
     yield "proxy_hung"
 
@@ -83,19 +83,19 @@ def hung(ground: Ground, proxy: Listener) -> Iterator[str]:
 @contextlib.contextmanager
 def elsewhere(ground: Ground, proxy: Listener) -> Iterator[str]:
     """It beats, and listens in another namespace only."""
-    port = proxy.port
+    ground.proxy(proxy)
     proxy.close()
-    ground.proxy(port)
     yield "proxy_not_in_netns"
 
 
 @contextlib.contextmanager
 def stranger(ground: Ground, proxy: Listener) -> Iterator[str]:
-    """It beats, and on its port listens somebody without our mark."""
-    port = proxy.port
+    """It beats, and on its port listens somebody else, marked by all that a container's CAP_NET_RAW can mark."""
+    ground.proxy(proxy)
     proxy.close()
-    with Listener(port=port, priority=6) as posing:  # the highest that needs no capability
-        ground.proxy(port)
+    with Listener(port=proxy.port) as posing:
+        posing.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0x6D62)
+        posing.socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x6D62)
         yield "proxy_not_in_netns"
         assert untouched(posing)
 
@@ -127,7 +127,7 @@ def test_with_a_proxy(ground: Ground, endpoint: Listener, proxy: Listener) -> No
     _, before, _, ended = ground.counts(ADDRESS)
     with inside(ground.cgroup):
         sock = socket.socket()
-        ground.proxy(proxy.port)
+        ground.proxy(proxy)
         with counted(ground, proxy=1):
             sock.connect((ADDRESS, 80))
     with sock, proxy.accept() as accepted:
@@ -149,7 +149,7 @@ def test_with_a_proxy(ground: Ground, endpoint: Listener, proxy: Listener) -> No
 
 def test_who_dials_the_proxy_has_no_origin(ground: Ground, endpoint: Listener, proxy: Listener) -> None:
     attach(ground, endpoint)
-    ground.proxy(proxy.port)
+    ground.proxy(proxy)
     with ground.connect("127.0.0.1", proxy.port) as sock, proxy.accept() as accepted:
         where = (dataplane.netns_cookie(accepted), *accepted.getpeername())
         assert ground.origin(*where) is None
@@ -158,6 +158,7 @@ def test_who_dials_the_proxy_has_no_origin(ground: Ground, endpoint: Listener, p
 
 def test_the_agent_s_own_connections_are_left_alone(ground: Ground, endpoint: Listener, proxy: Listener) -> None:
     attach(ground, endpoint)
+    ground.proxy(proxy)
     ground.plane.set_agent(proxy.port, ground.cgroup.stat().st_ino)
     ground.plane.beat(time.monotonic_ns())
     with Listener(ADDRESS, 80) as alone, inside(ground.cgroup), socket.socket() as sock:
@@ -178,7 +179,7 @@ def test_a_caller_in_a_namespace_without_listener_is_told_of(
         heard.clear()
         with netns.fresh(), Listener(port=endpoint.port) as there:
             sock = ground.client()
-            ground.proxy(proxy.port)
+            ground.proxy(proxy)
             with sock, counted(ground, proxy_not_in_netns=1, direct=1):
                 sock.connect((ADDRESS, 80))
                 assert reached(there) is there
@@ -214,12 +215,12 @@ def wired() -> Iterator[int]:
 @pytest.mark.parametrize("down", list(OnProxyDown))
 def test_a_socket_bound_to_a_device_goes_direct(ground: Ground, down: OnProxyDown) -> None:
     """`curl --interface near`: it would never hear from the proxy's listener, which is on the loopback."""
-    with wired() as far, Listener(priority=abi.LISTENER_PRIORITY) as proxy:
+    with wired() as far, Listener() as proxy:
         with netns.inside(far):
             endpoint = Listener("198.18.0.2")
         with endpoint:
             attach(ground, endpoint, down)
-            ground.proxy(proxy.port)
+            ground.proxy(proxy)
             with ground.client() as sock, counted(ground, bound_to_device=1, direct=1):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"near")
                 sock.settimeout(3)

@@ -88,8 +88,8 @@ def test_no_endpoint_is_refused(ground: Ground, blocking: bool) -> None:
 
 def test_governed_on_both_loopbacks(ground: Ground) -> None:
     """One service, both families: each caller comes to the proxy on the loopback of its own family."""
-    with Listener("::1", priority=abi.LISTENER_PRIORITY) as six, Listener() as endpoint:
-        with Listener("127.0.0.1", six.port, priority=abi.LISTENER_PRIORITY) as four:
+    with Listener("::1") as six, Listener() as endpoint:
+        with Listener("127.0.0.1", six.port) as four:
             ground.attach(mesh(service("orders", (ADDRESS, BOTH), endpoint.endpoint()), mode=Mode.PROXY))
             for address, family, listener in (
                 (ADDRESS, socket.AF_INET6, six),
@@ -97,7 +97,7 @@ def test_governed_on_both_loopbacks(ground: Ground) -> None:
                 (f"::ffff:{BOTH}", socket.AF_INET6, four),
             ):
                 sock = ground.client(family)
-                ground.proxy(six.port)
+                ground.proxy(six, four)
                 sock.connect((address, 80))
                 with sock, listener.accept() as accepted:
                     told = ground.origin(dataplane.netns_cookie(accepted), *accepted.getpeername()[:2])
@@ -108,10 +108,10 @@ def test_governed_on_both_loopbacks(ground: Ground) -> None:
 
 @pytest.mark.parametrize("down", list(OnProxyDown))
 def test_a_stranger_on_the_ipv6_loopback_is_not_the_proxy(ground: Ground, down: OnProxyDown) -> None:
-    with Listener("::1") as stranger, Listener("::1") as endpoint:
+    with Listener("::1") as stranger, Listener("127.0.0.1", stranger.port) as proxy, Listener("::1") as endpoint:
         ground.attach(mesh(service("orders", ADDRESS, endpoint.endpoint()), mode=Mode.PROXY, down=down))
         sock = ground.client(socket.AF_INET6)
-        ground.proxy(stranger.port)
+        ground.proxy(proxy)
         with sock:
             if down is OnProxyDown.DIRECT:
                 sock.connect((ADDRESS, 80))
@@ -135,11 +135,11 @@ def test_one_tuple_in_two_namespaces(ground: Ground, namespace: int) -> None:
     with netns.fresh() as other:
         for where, number in ((namespace, 1), (other, 2)):
             with netns.inside(where):
-                listener = Listener("::1", port, priority=abi.LISTENER_PRIORITY)
+                listener = Listener("::1", port)
                 sock = ground.client(socket.AF_INET6)
                 sock.bind(("::1", client_port))
                 port, client_port = listener.port, sock.getsockname()[1]
-                ground.proxy(port)
+                ground.proxy(listener)
                 sock.connect((f"fd00:96::{number}", 80))
                 accepted = listener.accept()
                 opened += [listener, sock, accepted]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -23,6 +22,7 @@ from loader.rig import ADDRESS4, PORT, Pair, Rig
 from meshbpf.errors import Busy
 from meshbpf.reason import Reason
 from tests.kernel.test_redirect import tcp_sent
+from tests.support import netns
 from tests.support.machine import until
 
 IPPROTO_MPTCP, SO_ZEROCOPY, MSG_ZEROCOPY, SO_RCVLOWAT = 262, 60, 0x4000000, 18
@@ -310,30 +310,7 @@ def test_closed_sockets_leave_the_table(rig: Rig) -> None:
 # --- namespaces ---------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def inside(path: str) -> Iterator[None]:
-    """This thread in another network namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net", "rb") as home, open(path, "rb") as there:
-        assert libc.setns(there.fileno(), 0) == 0
-        try:
-            yield
-        finally:
-            assert libc.setns(home.fileno(), 0) == 0
-
-
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    name = f"rig-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        yield f"/run/netns/{name}"
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
-
-
-def test_the_same_tuple_in_two_namespaces(rig: Rig, namespace: str) -> None:
+def test_the_same_tuple_in_two_namespaces(rig: Rig) -> None:
     """Both connections have every address and port in common; each reads only its own bytes. With RPS on, because a
     handshake that is finished by another processor is what early insertion raced with.
     """
@@ -344,8 +321,7 @@ def test_the_same_tuple_in_two_namespaces(rig: Rig, namespace: str) -> None:
         made.bind(("127.0.0.1", port))
         return made
 
-    with open("/proc/thread-self/ns/net", "rb") as first, rig.pair(client=client(0)) as here, inside(namespace):
-        home = f"/proc/self/fd/{first.fileno()}"
+    with open("/proc/thread-self/ns/net", "rb") as home, rig.pair(client=client(0)) as here, netns.fresh():
         subprocess.run(["sh", "-c", "echo 3 > /sys/class/net/lo/queues/rx-0/rps_cpus"], check=False)
         with rig.listen(socket.AF_INET, "127.0.0.1", rig.port) as listener:
             port = here.c.getsockname()[1]
@@ -353,7 +329,7 @@ def test_the_same_tuple_in_two_namespaces(rig: Rig, namespace: str) -> None:
                 assert here.c.getsockname() == there.c.getsockname()
                 assert here.p.getsockname() == there.p.getsockname()
                 assert here.netns != there.netns
-                judge = redirect.Redirector(rig.maps, lambda netns: inside(home), there.netns)
+                judge = redirect.Redirector(rig.maps, lambda _cookie: netns.inside(home.fileno()), there.netns)
                 try:
                     client_address, local = here.p.getpeername(), here.p.getsockname()
                     mine = judge.join(here.netns, *client_address, *local)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from loader import abi, dataplane
+from loader import dataplane
 from loader.flows import Flows
 from meshbpf.model import MapSizes, Mesh, Mode, Service, ServicePolicy
 from tests.support.ground import AGENT, SIZES, Ground, Listener, inside, service
@@ -34,9 +34,9 @@ def ground() -> Iterator[Ground]:
 class Server(threading.Thread):
     """Says one letter to whoever connects; `proxy` says P, and n when nobody knows what the caller dialled."""
 
-    def __init__(self, letter: bytes, ground: Ground | None = None) -> None:
+    def __init__(self, letter: bytes) -> None:
         super().__init__()
-        self.listener = Listener(priority=abi.LISTENER_PRIORITY if ground else None)
+        self.listener = Listener()
         self._letter = letter
         self._flows: Flows | None = None
         self.end, self._end = socket.socketpair()
@@ -119,7 +119,7 @@ def storming(ground: Ground, heard: bytearray) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, LARGER], ids=["same-tables", "other-tables"])
 def test_no_connect_escapes_or_fails_during_upgrades(ground: Ground, sizes: MapSizes) -> None:
-    servers = [Server(b"A"), Server(b"B"), Server(b"P", ground)]
+    servers = [Server(b"A"), Server(b"B"), Server(b"P")]
     a, b, proxy = servers
     heard = bytearray()
     alive = threading.Event()
@@ -139,7 +139,7 @@ def test_no_connect_escapes_or_fails_during_upgrades(ground: Ground, sizes: MapS
     ground.attach(mesh(a, SIZES))
     plane = ground.plane
     proxy.watch(plane)
-    ground.proxy(proxy.listener.port)
+    ground.proxy(proxy.listener)
     pulse = threading.Thread(target=beat)
     pulse.start()
     took = []

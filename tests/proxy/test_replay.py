@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 
 import pytest
 
 from meshbpf.model import ConnectionPool, ServicePolicy, TcpPool
 from meshbpf.policy.balance import Balancer, Rnd
-from tests.proxy.bed import NETNS, OK, Bed, Endpoint, Peer, plain
+from tests.proxy.bed import NETNS, OK, Bed, Peer, plain, soon
 from userspace_proxy.route import Target
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -66,33 +67,37 @@ async def test_a_post_is_not_given_to_a_connection_on_which_something_waits_unas
     upstream = bed.route.targets[0].idle[NETNS][0]
     upstream.transport.pause_reading()
     endpoint.peers[0].send(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
-    await asyncio.sleep(0.05)
+    await bed.settle(lambda: bool(select.select([upstream.sock], [], [], 0)[0]))
     assert (await caller.ask(POST))[0] == 200
     assert len(endpoint.peers) == 2
 
 
-async def dying(bed: Bed, count: int, **options: object) -> tuple[Endpoint, Endpoint, list[Peer], asyncio.Event]:
-    """Two endpoints with `count` connections between them, and a request on each; set the event, and one dies."""
-    gate, over = asyncio.Event(), asyncio.Event()
+async def test_when_an_endpoint_dies_its_requests_go_to_another_one(bed: Bed) -> None:
+    """It dies with some of twenty requests under way; the other one answers none of them before it has them all."""
+    count = 20
+    gate, over, all_here = asyncio.Event(), asyncio.Event(), asyncio.Barrier(count)
+    arrived: asyncio.Queue[Peer] = asyncio.Queue()
 
     async def mortal(peer: Peer) -> None:
         while True:
             await peer.head()
             if gate.is_set():
+                arrived.put_nowait(peer)
                 await over.wait()
                 peer.reset()
                 return
             peer.send(OK)
 
-    async def busy(peer: Peer) -> None:
+    async def other(peer: Peer) -> None:
         while True:
             await peer.head()
             if gate.is_set():
-                await asyncio.sleep(0.1)
+                arrived.put_nowait(peer)
+                await all_here.wait()
             peer.send(OK)
 
-    one, other = await bed.endpoint(mortal), await bed.endpoint(busy)
-    await bed.serve(one, other, **options)  # type: ignore[arg-type]
+    one = await bed.endpoint(mortal)
+    await bed.serve(one, await bed.endpoint(other))
     callers = [await bed.caller() for _ in range(count)]
     for _ in range(4):
         for caller in callers:
@@ -104,16 +109,12 @@ async def dying(bed: Bed, count: int, **options: object) -> tuple[Endpoint, Endp
     gate.set()
     for caller in callers:
         caller.send(GET)
-    await asyncio.sleep(0.05)
+    for _ in callers:
+        await soon(arrived.get())
     assert one._server is not None
     one._server.close()
-    return one, other, callers, over
-
-
-async def test_when_an_endpoint_dies_its_requests_go_to_another_one(bed: Bed) -> None:
-    one, _other, callers, over = await dying(bed, 20)
     over.set()
-    assert [(await caller.answer())[0] for caller in callers] == [200] * 20
+    assert [(await caller.answer())[0] for caller in callers] == [200] * count
     records = [await bed.record() for _ in callers]
     assert any(record.attempts == 2 for record in records)
     assert all(record.upstream_host != f"127.0.0.1:{one.port}" for record in records)

@@ -62,14 +62,12 @@ def mesh(
 class Listener:
     """An endpoint that never says a word. `accept` gives the connection that reached it."""
 
-    def __init__(self, address: str = "127.0.0.1", port: int = 0, priority: int | None = None) -> None:
+    def __init__(self, address: str = "127.0.0.1", port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         if family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if priority is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
         self.socket.bind((address, port))
         self.socket.listen(1024)
         self.socket.settimeout(SECONDS)
@@ -217,8 +215,9 @@ class Ground:
         raw = self.plane.maps["flows"].lookup(bytes(abi.FlowKey(netns, abi.pack_address(address), port)))
         return None if raw is None else abi.FlowValue.from_buffer_copy(raw)
 
-    def proxy(self, port: int, beat: bool = True) -> None:
-        """Say where the proxy listens, and that it lives right now."""
-        self.plane.set_agent(port, 0)
+    def proxy(self, *listeners: Listener, beat: bool = True) -> None:
+        """These are the proxy's listeners, all on one port, and it lives right now."""
+        self.plane.mark([listener.socket for listener in listeners])
+        self.plane.set_agent(listeners[0].port, 0)
         if beat:
             self.plane.beat(time.monotonic_ns())

@@ -1,7 +1,7 @@
 """A careful HTTP client under load: every request is accounted for. `load.py HOST PORT CONNECTIONS RATE new|kept`.
 
 RATE is requests per second over all connections (0: as fast as they come back); `new` makes a connection per request.
-Prints `begun` after the first answer, then runs until stdin ends (at most 60 s) and prints what came of it as JSON.
+Prints `begun` when each client has had an answer, runs until stdin ends (at most 60 s), then prints the result as JSON.
 
 A request fails when the caller gets no whole 2xx answer. On a kept connection that ended without a byte of an answer
 every HTTP client asks again on a new one: that is counted as `stale`, and only the second try can fail.
@@ -43,6 +43,7 @@ class Load:
         self.host, self.port, self.connections, self.new = host, port, connections, new
         self.result = Result()
         self.stop = asyncio.Event()
+        self._unanswered = connections  # clients that have had no answer yet
         self._gap = 1 / rate if rate else 0.0
         self._next = time.monotonic()
         self._request = f"GET /load HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
@@ -57,6 +58,7 @@ class Load:
 
     async def _client(self) -> None:
         kept: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        answered = False
         while not self.stop.is_set():
             await self._pace()
             begin = time.monotonic()
@@ -77,9 +79,12 @@ class Load:
                 kept = None
                 continue
             self.result.slowest_ms = max(self.result.slowest_ms, (time.monotonic() - begin) * 1e3)
-            if not self.result.ok:
-                print("begun", flush=True)
             self.result.ok += 1
+            if not answered:
+                answered = True
+                self._unanswered -= 1
+                if not self._unanswered:
+                    print("begun", flush=True)
         if kept:
             kept[1].close()
 

@@ -24,6 +24,7 @@ import yaml
 from loader import environment
 from loader.instance import Instance
 from meshbpf.cli import ask
+from meshbpf.demo import plumbing
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 20.0
@@ -104,7 +105,7 @@ class Machine:
                     stream.close()
         detached = self.detach()
         for name in self._namespaces:
-            subprocess.run(["ip", "netns", "del", name], check=True)
+            plumbing.remove(name)
         self._remove_cgroup()
         if kind is None:
             log = self.log() if self.agent_log.exists() else ""
@@ -233,7 +234,7 @@ class Machine:
     def load(
         self, host: str, *, rate: float = 0, connections: int = 4, new: bool = False, netns: str | None = None
     ) -> Load:
-        """A client that asks port 80 all the time; returns once it got its first answer."""
+        """A client that asks port 80 all the time; returns once each connection has had an answer."""
         command = [sys.executable, "-m", "tests.support.load", host, "80", str(connections), str(rate)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         return Load(self.start_client(*command, "new" if new else "kept", netns=netns, **pipes))
@@ -275,25 +276,14 @@ class Machine:
     def network(self, count: int) -> list[str]:
         """Network namespaces that reach each other: the n-th has 198.18.0.n, over a bridge in one more namespace."""
         hub = self.netns(f"{self.instance.name}-hub")
-        subprocess.run(["ip", "-n", hub, "link", "add", "br0", "up", "type", "bridge"], check=True)
-        names = []
-        for number in range(1, count + 1):
-            name = self.netns(f"{self.instance.name}-{number}")
-            for command in (
-                f"-n {hub} link add p{number} type veth peer name eth0 netns {name}",
-                f"-n {hub} link set p{number} master br0 up",
-                f"-n {name} addr add 198.18.0.{number}/24 dev eth0",
-                f"-n {name} link set eth0 up",
-            ):
-                subprocess.run(["ip", *command.split()], check=True)
-            names.append(name)
+        names = [self.netns(f"{self.instance.name}-{number}") for number in range(1, count + 1)]
+        plumbing.join(hub, {name: f"198.18.0.{number}" for number, name in enumerate(names, 1)}, 24)
         return names
 
     def netns(self, name: str) -> str:
         """A network namespace with its loopback up."""
-        subprocess.run(["ip", "netns", "add", name], check=True)
+        plumbing.create(name)
         self._namespaces.append(name)
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
         return name
 
     def records(self, count: int) -> list[dict[str, Any]]:
@@ -307,7 +297,7 @@ class Machine:
         return [json.loads(line) for line in until(lines, f"{count} access log lines")]
 
     def remove_netns(self, name: str) -> None:
-        subprocess.run(["ip", "netns", "del", name], check=True)
+        plumbing.remove(name)
         self._namespaces.remove(name)
 
 

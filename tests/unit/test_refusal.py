@@ -6,6 +6,8 @@ import asyncio
 import ctypes
 import errno
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +21,11 @@ from meshbpf.model import Mesh, Service
 from meshbpf.runtime import about, netns
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.channel import Channel
+from meshbpf.runtime.following import Following
+from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Handle, Supervisor
 from meshbpf.runtime.worker import Worker
+from meshbpf.telemetry import Totals
 
 GOOD, NEW = Mesh(generation=1), Mesh(services=(Service("orders", addresses=("127.96.0.1",)),), generation=2)
 
@@ -49,6 +54,19 @@ def test_a_worker_says_why_it_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> 
 
     (answer,) = asyncio.run(run())
     assert answer == {"type": "refused", "generation": 2, "why": "RuntimeError: no such luck"}
+
+
+def test_a_worker_that_refused_its_first_mesh_keeps_no_descriptors() -> None:
+    async def run() -> None:
+        worker = Worker(Instance("unit"))
+        worker._receive({"type": "listen", "netns": 1}, fds)
+        worker._receive({"type": "unlisten", "netns": 1}, [])
+
+    fds = list(os.pipe())
+    asyncio.run(run())
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 class Packed:
@@ -118,64 +136,73 @@ class Workers:
         self.ready = 0 if self.refusal else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    following: Following
+    plane: Plane
+    workers: Workers
+
+
 @pytest.fixture
-def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Agent:
+def followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Followed:
     monkeypatch.setattr("loader.instance.RUN", tmp_path)
+    plane, workers = Plane(), Workers()
 
-    async def make() -> Agent:
-        return Agent(Options(Instance("unit"), (), 1), GOOD)
+    async def settled(_seconds: float) -> bool:
+        return True
 
-    made = asyncio.run(make())
-    made.plane = cast(Dataplane, Plane())
-    made.supervisor = cast(Supervisor, Workers())
+    made = Following(Instance("unit"), (), GOOD, cast(Supervisor, workers), cast(Namespaces, None), Totals(), settled)
+    made.plane = cast(Dataplane, plane)
 
     async def tell(mesh: Mesh) -> None:
-        made.supervisor.use(mesh.generation, bytes)
+        workers.use(mesh.generation, bytes)
 
-    monkeypatch.setattr(made, "_tell_workers", tell)
-    return made
+    monkeypatch.setattr(made, "tell", tell)
+    return Followed(made, plane, workers)
 
 
-def test_what_a_worker_refuses_is_not_told_to_the_kernel(agent: Agent) -> None:
-    workers, plane = cast(Workers, agent.supervisor), cast(Plane, agent.plane)
+def test_what_a_worker_refuses_is_not_told_to_the_kernel(followed: Followed) -> None:
+    following, plane, workers = followed.following, followed.plane, followed.workers
     workers.refuses = "worker 7 cannot follow: poison"
-    asyncio.run(agent.apply(NEW))
+    asyncio.run(following.apply(NEW))
     assert plane.applied == []
     assert workers.told == [2, 1], "the last good mesh, to all"
-    assert "poison" in agent.apply_error
-    assert agent.mesh is GOOD
+    assert "poison" in following.error
+    assert following.mesh is GOOD
     workers.refuses = ""
-    asyncio.run(agent.apply(NEW))
-    assert (plane.applied, agent.apply_error) == ([2], "")
+    asyncio.run(following.apply(NEW))
+    assert (plane.applied, following.error) == ([2], "")
 
 
 @pytest.mark.parametrize("error", [DataplaneError("E2BIG"), OSError(28, "No space left on device")])
-def test_no_error_of_the_machine_ends_the_following(agent: Agent, error: Exception) -> None:
-    plane = cast(Plane, agent.plane)
+def test_no_error_of_the_machine_ends_the_following(followed: Followed, error: Exception) -> None:
+    following, plane = followed.following, followed.plane
     plane.error = error
-    asyncio.run(agent.apply(NEW))
-    assert agent.apply_error == str(error)
+    asyncio.run(following.apply(NEW))
+    assert following.error == str(error)
     plane.error = None
-    asyncio.run(agent.apply(NEW))
-    assert (plane.applied, agent.apply_error) == ([2], "")
+    asyncio.run(following.apply(NEW))
+    assert (plane.applied, following.error) == ([2], "")
 
 
-def test_a_state_file_that_cannot_be_written_is_tried_again(agent: Agent, tmp_path: Path) -> None:
+def test_a_state_file_that_cannot_be_written_is_tried_again(followed: Followed, tmp_path: Path) -> None:
+    following = followed.following
     (tmp_path / "unit" / "state.new").mkdir(parents=True)
-    asyncio.run(agent.apply(NEW))
-    assert agent.mesh.generation == 2
-    assert "state.json is old" in agent.apply_error
+    asyncio.run(following.apply(NEW))
+    assert following.mesh.generation == 2
+    assert "state.json is old" in following.error
     (tmp_path / "unit" / "state.new").rmdir()
-    asyncio.run(agent._note())
-    assert agent.apply_error == ""
-    assert agent.options.instance.read_state()["mesh"]["generation"] == 2
+    asyncio.run(following.note_again())
+    assert following.error == ""
+    assert Instance("unit").read_state()["mesh"]["generation"] == 2
 
 
-def test_a_needed_task_that_dies_is_told(agent: Agent) -> None:
+def test_a_needed_task_that_dies_is_told() -> None:
     async def die() -> None:
         raise RuntimeError("of this")
 
     async def run() -> None:
+        agent = Agent(Options(Instance("unit"), (), 1), GOOD)
         task = asyncio.ensure_future(die())
         agent.need(task)
         assert agent.dead == ""
