@@ -27,9 +27,10 @@ from statistics import median
 from typing import Any
 
 from bench import rounds as rounds_module
+from bench import scale
 from bench.backend import Backend, nginx
 from bench.envoy import Envoy
-from bench.figures import ALL, ATTACH, FIGURES, ROWS, WIDEST, Row, judge, series
+from bench.figures import ALL, ATTACH, FIGURES, ROWS, SCALE, SCALE_SUBJECTS, WIDEST, Row, judge, series
 from bench.load import Load
 from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned
 from bench.report import markdown
@@ -47,7 +48,7 @@ def options() -> argparse.Namespace:
     quick = os.environ.get("QUICK", "") not in ("", "0")
     parser.add_argument("--quick", action="store_true", default=quick, help="3 short rounds (or QUICK=1)")
     parser.add_argument("--subjects", default=",".join(ALL), help="only these")
-    parser.add_argument("--rows", default=",".join([*(row.name for row in ROWS), ATTACH]), help="only these")
+    parser.add_argument("--rows", default=",".join([*(row.name for row in ROWS), ATTACH, SCALE]), help="only these")
     parser.add_argument("--rounds", type=int, help="paired rounds per row")
     parser.add_argument("--seconds", type=float, help="seconds per measurement")
     parser.add_argument("--free", action="store_true", help="pin nothing")
@@ -123,6 +124,10 @@ class Bench:
             Envoy(self.run, make("envoy-agent"), cpus, ports),
         ]
         self.attach = Attach("attach", mode="direct", acceleration="off", number=4, **common)
+        self.starts = (
+            scale.Start("start-yaml", mode="direct", acceleration="off", number=5, **common),
+            scale.JsonStart("start-json", mode="direct", acceleration="off", number=6, **common),
+        )
         for subject in known:
             if subject.name not in self.args.subjects.split(","):
                 self.missing[subject.name] = "not asked for"
@@ -156,8 +161,20 @@ class Bench:
                 self.rounds[ATTACH] = list(self.attach.measure(3 if self.args.quick else 7))
             except FAILURES as error:
                 self.missing[ATTACH] = str(error)
+        if SCALE in self.args.rows.split(","):
+            self._scale()
         for subject in self.subjects.values():
             self.notes["evidence"][subject.name] = subject.evidence()
+
+    def _scale(self) -> None:
+        groups = {name: self.groups.make(f"scale-{name}") for name in ("maps", "many", "few")}
+        found = self.rounds.setdefault(SCALE, [])
+        try:
+            cpus = pinned(CLIENT_SIDE, self.args.free)
+            found.extend(scale.measure(*self.starts, groups, 1 if self.args.quick else 5, cpus))
+        except FAILURES as error:
+            self.missing |= {name: str(error) for name in SCALE_SUBJECTS if not any(name in cells for cells in found)}
+            say(f"{SCALE}: {error}")
 
     def _idle(self) -> None:
         """CPU share of every waiting subject: what it adds to the cells of the others."""

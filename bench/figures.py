@@ -68,6 +68,8 @@ ROWS = (
     Row("latency", "1 KB answers at half of Envoy's peak rate", ("none", "proxy", "envoy"), open_loop=True),
 )
 ATTACH = "attach"
+SCALE = "scale"  # 10 000 services with 10 endpoints each; its cells come one subject at a time, many and few together
+SCALE_SUBJECTS = ("maps", "start-yaml", "start-json", "change", "many", "few")
 
 FIGURES = (
     Figure("direct vs none, keep-alive: CPU/request", "keepalive", "cpu_us", "direct", "none", 1.04, True, strict=True),
@@ -81,6 +83,27 @@ FIGURES = (
     Figure("redirect vs off, keep-alive: CPU/request", "keepalive", "cpu_us", "proxy", "proxy-off", 0.95, True),
     Figure("redirect vs off, new connection: CPU/request", "newconn", "cpu_us", "proxy", "proxy-off", 1.02, True),
     Figure("attach, second time: seconds", ATTACH, "seconds", "attach", None, 2.0, True),
+    Figure("100 000 endpoints into the maps: seconds", SCALE, "seconds", "maps", None, 1.0, True),
+    Figure(
+        "run with 100 000 endpoints in one YAML file, to ready: seconds",
+        SCALE,
+        "seconds",
+        "start-yaml",
+        None,
+        12.0,
+        True,
+    ),
+    Figure(
+        "run with 100 000 endpoints in one JSON file, to ready: seconds",
+        SCALE,
+        "seconds",
+        "start-json",
+        None,
+        3.0,
+        True,
+    ),
+    Figure("one endpoint of 100 001 changed by the registry: ms", SCALE, "ms", "change", None, 100.0, True),
+    Figure("connect() with 10 000 services vs 10", SCALE, "connect_us", "many", "few", 1.05, True),
 )
 
 

@@ -181,12 +181,5 @@ def write_state(
 ) -> None:
     """`redirect_lack`: why this kernel has no redirect, empty when it has; None keeps what attach found."""
     lack = instance.read_state().get("redirectLack", "") if redirect_lack is None else redirect_lack
-    instance.write_state(
-        {
-            "schemaVersion": 1,
-            "layout": layout,
-            "cgroups": [str(c) for c in cgroups],
-            "mesh": wire.encode(mesh),
-            "redirectLack": lack,
-        }
-    )
+    state = {"schemaVersion": 1, "layout": layout, "cgroups": [str(c) for c in cgroups], "redirectLack": lack}
+    instance.write_state(state, wire.text(mesh))

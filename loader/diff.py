@@ -9,13 +9,26 @@ first gets the slots, then the count. An endpoint that drains is told so when no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loader import abi
 from loader.plan import Table, Tables
 
 REMOVED = ("policies", "slots", "endpoints")
 DRAINING = abi.EndpointValue.draining.offset
+Rows = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive writes to one table, in order: rows to set, or keys to delete; never both in one run."""
+
+    table: str
+    rows: Rows = field(default_factory=list)
+    gone: list[bytes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows) or len(self.gone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,35 +41,46 @@ class Write:
 
 
 def diff(have: Tables, want: Tables) -> Iterator[Write]:
-    """The writes, in order. Equal tables give none."""
-    yield from _removed("services", have.services, want.services)
-    begin_draining = []
-    for write in _changed("endpoints", have.endpoints, want.endpoints):
-        if write.key in have.endpoints and write.value is not None and write.value[DRAINING]:
-            begin_draining.append(write)
-        else:
-            yield write
-    shrunk = dict(have.policies)
-    for write in _changed("policies", have.policies, want.policies):
-        if write.key in have.policies and write.value is not None:
-            smaller = _smaller(have.policies[write.key], write.value)
-            if smaller != shrunk[write.key]:
-                shrunk[write.key] = smaller
-                yield Write("policies", write.key, smaller)
-    yield from _changed("slots", have.slots, want.slots)
-    yield from _changed("policies", shrunk, want.policies)
-    yield from _changed("services", have.services, want.services)
-    yield from begin_draining
+    """The writes of `runs`, one by one."""
+    for run in runs(have, want):
+        yield from (Write(run.table, key, value) for key, value in run.rows)
+        yield from (Write(run.table, key, None) for key in run.gone)
+
+
+def runs(have: Tables, want: Tables) -> Iterator[Run]:
+    """The writes, in order, those to one table together. Equal tables give none."""
+    return (run for run in _runs(have, want) if len(run))
+
+
+def _runs(have: Tables, want: Tables) -> Iterator[Run]:
+    yield _removed("services", have.services, want.services)
+    now: Rows = []
+    begin_draining: Rows = []
+    for key, value in _changed(have.endpoints, want.endpoints):
+        (begin_draining if key in have.endpoints and value[DRAINING] else now).append((key, value))
+    yield Run("endpoints", now)
+    shrunk, smaller = dict(have.policies), Rows()
+    for key, value in _changed(have.policies, want.policies):
+        if key in have.policies and (least := _smaller(have.policies[key], value)) != shrunk[key]:
+            shrunk[key] = least
+            smaller.append((key, least))
+    yield Run("policies", smaller)
+    yield Run("slots", _changed(have.slots, want.slots))
+    yield Run("policies", _changed(shrunk, want.policies))
+    yield Run("services", _changed(have.services, want.services))
+    yield Run("endpoints", begin_draining)
     for table in REMOVED:
-        yield from _removed(table, getattr(have, table), getattr(want, table))
+        yield _removed(table, getattr(have, table), getattr(want, table))
 
 
-def _changed(table: str, old: Table, new: Table) -> Iterator[Write]:
-    return (Write(table, key, value) for key, value in new.items() if old.get(key) != value)
+def _changed(old: Table, new: Table) -> Rows:
+    if not old:
+        return list(new.items())
+    return [(key, value) for key, value in new.items() if old.get(key) != value]
 
 
-def _removed(table: str, old: Table, new: Table) -> Iterator[Write]:
-    return (Write(table, key, None) for key in old if key not in new)
+def _removed(table: str, old: Table, new: Table) -> Run:
+    return Run(table, gone=[key for key in old if key not in new])
 
 
 def _smaller(old: bytes, new: bytes) -> bytes:

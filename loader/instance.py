@@ -61,11 +61,12 @@ class Instance:
         RUN.mkdir(mode=0o755, exist_ok=True)
         self.run.mkdir(mode=0o700, exist_ok=True)
 
-    def write_state(self, state: dict[str, Any]) -> None:
-        """Replace the state file in one step, so that a reader never sees half of it."""
+    def write_state(self, state: dict[str, Any], mesh: str = "") -> None:
+        """Replace the state file in one step, so that a reader never sees half of it. `mesh` is JSON, already large."""
         self.make_run()
         staged = self.state_file.with_suffix(".new")
-        staged.write_text(json.dumps(state))
+        text = json.dumps(state)
+        staged.write_text(f'{text[:-1]}, "mesh": {mesh}}}' if mesh else text)
         staged.chmod(0o600)
         staged.replace(self.state_file)
 

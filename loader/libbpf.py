@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes as ct
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from meshbpf.errors import DataplaneError, EnvironmentLack, MapFull
 ANY, NOEXIST, EXIST = 0, 1, 2
 SYS_BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 280)
 PROG_TEST_RUN = 10
+ENOTSUPP = 524  # the kernel's own, without a name in errno: a map type that knows no batches
+BATCH = 1 << 14  # rows in one call: hundreds of times fewer calls, and still only a few hundred kilobytes
 
 
 @cache
@@ -81,6 +83,7 @@ class Map:
         self.fd = get(path)
         self._value = ct.create_string_buffer(self.value_size)
         self._lib = library()
+        self._batched = True  # until the kernel says otherwise
 
     def lookup(self, key: bytes) -> bytes | None:
         if self._lib.bpf_map_lookup_elem(self.fd, key, self._value) < 0:
@@ -106,6 +109,49 @@ class Map:
             _check(-1, f"delete from {self.name}")
         return True
 
+    def update_many(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """As `update` of each row, in order, in as few calls as the kernel allows. Raises MapFull; rows before the one
+        that did not fit are there then.
+        """
+        at = 0
+        while self._batched and len(rows) - at > 1:
+            some = rows[at : at + BATCH]
+            keys, values = b"".join([key for key, _ in some]), b"".join([value for _, value in some])
+            if len(keys) != len(some) * self.key_size or len(values) != len(some) * self.value_size:
+                break  # the row's own update names its sizes
+            count = ct.c_uint32(len(some))
+            if self._lib.bpf_map_update_batch(self.fd, keys, values, ct.byref(count), None) >= 0:
+                at += len(some)
+                continue
+            at += self._refused(count.value, len(some))
+            break  # the next row's own update says what is wrong, or the kernel knows no batches
+        for key, value in rows[at:]:
+            self.update(key, value)
+
+    def delete_many(self, keys: Sequence[bytes]) -> None:
+        """As `delete` of each key, in order; those that are not there do no harm."""
+        at = 0
+        while self._batched and len(keys) - at > 1:
+            some = keys[at : at + BATCH]
+            count = ct.c_uint32(len(some))
+            if self._lib.bpf_map_delete_batch(self.fd, b"".join(some), ct.byref(count), None) >= 0:
+                at += len(some)
+                continue
+            at += self._refused(count.value, len(some))
+            self.delete(keys[at])  # the one that was not there, or whose error names what is wrong
+            at += 1
+        for key in keys[at:]:
+            self.delete(key)
+
+    def _refused(self, count: int, asked: int) -> int:
+        """How many rows a batch did before the kernel refused one; 0, and no more batches, when it knows none of them:
+        kernels before 5.6 leave the count as it was.
+        """
+        if ct.get_errno() in (errno.EINVAL, errno.EOPNOTSUPP, ENOTSUPP):
+            self._batched = False
+            return 0
+        return count if count < asked else 0
+
     def keys(self) -> Iterator[bytes]:
         key, following = None, ct.create_string_buffer(self.key_size)
         while self._lib.bpf_map_get_next_key(self.fd, key, following) >= 0:
@@ -114,10 +160,35 @@ class Map:
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """A snapshot's worth of entries; one that vanishes in between is left out."""
+        found = self._read_many() if self._batched else None
+        if found is not None:
+            yield from found
+            return
         for key in list(self.keys()):
             value = self.lookup(key)
             if value is not None:
                 yield key, value
+
+    def _read_many(self) -> list[tuple[bytes, bytes]] | None:
+        """All rows of a hash, bucket after bucket; None when the kernel knows no batches of this kind of table."""
+        found: list[tuple[bytes, bytes]] = []
+        size, key_size, value_size = BATCH, self.key_size, self.value_size
+        keys, values = ct.create_string_buffer(size * key_size), ct.create_string_buffer(size * value_size)
+        place, following = None, ct.create_string_buffer(max(key_size, 4))
+        while True:
+            count = ct.c_uint32(size)
+            done = self._lib.bpf_map_lookup_batch(self.fd, place, following, keys, values, ct.byref(count), None)
+            number = 0 if done >= 0 else ct.get_errno()
+            if number not in (0, errno.ENOENT):  # ENOENT: these were the last
+                return None
+            raw_keys, raw_values = keys.raw, values.raw
+            found += [
+                (raw_keys[n * key_size : (n + 1) * key_size], raw_values[n * value_size : (n + 1) * value_size])
+                for n in range(count.value)
+            ]
+            if number:
+                return found
+            place = following.raw
 
     def shape(self) -> tuple[str, ...]:
         """Kind, key size and value size, as the kernel has them."""

@@ -9,18 +9,35 @@ long as the writes take.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loader import abi
 from meshbpf.carrier import Carrier, choose
 from meshbpf.errors import MapFull
-from meshbpf.model import Balance, Endpoint, EndpointState, MapSizes, Mesh, OnProxyDown, Port, Protocol, Service
+from meshbpf.model import (
+    Balance,
+    Endpoint,
+    EndpointState,
+    MapSizes,
+    Mesh,
+    OnProxyDown,
+    Port,
+    Protocol,
+    Service,
+    ServicePolicy,
+)
 
 IPPROTO = {Protocol.UDP: 17}
 TCP = 6
 MAX_SHARES = 100
 IDENTITY = abi.EndpointValue.draining.offset  # an endpoint's address and port
+MAPPED = b"\0" * 10 + b"\xff\xff"
+# Layouts of abi.py that are packed by the hundred thousand; a unit test holds them against it.
+ENDPOINT = struct.Struct(">16sHBB")  # EndpointValue, and ServiceKey with a protocol instead of the flag
+SLOT = struct.Struct("<II")  # SlotKey
+POLICY = struct.Struct("<IIBBBB")  # PolicyValue
 Table = dict[bytes, bytes]
 TABLES = ("services", "policies", "slots", "endpoints")
 
@@ -46,20 +63,23 @@ class Ids:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`tables` is what the kernel must hold; `service_ids` names the ids, for metrics and the CLI; `free` is what an
-    apply has to note before it writes.
+    apply has to note before it writes; `named` are the endpoints as each service port names them.
     """
 
     tables: Tables
     service_ids: Mapping[int, tuple[Service, Port]]
     free: Ids
+    named: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 def service_key(address: str, port: int, protocol: Protocol) -> bytes:
-    return bytes(abi.ServiceKey(abi.pack_address(address), port, IPPROTO.get(protocol, TCP)))
+    return ENDPOINT.pack(packed(address), port, IPPROTO.get(protocol, TCP), 0)
 
 
 def shares(weights: list[int]) -> list[int]:
     """Weights as small whole shares: divided by their greatest common divisor, scaled to at most MAX_SHARES."""
+    if len(set(weights)) == 1:
+        return [1 if weights[0] else 0] * len(weights)
     divisor = math.gcd(*weights) if weights else 1
     reduced = [weight // divisor for weight in weights] if divisor else list(weights)
     top = max(reduced, default=0)
@@ -70,17 +90,25 @@ def shares(weights: list[int]) -> list[int]:
 
 def interleave(counts: list[int]) -> list[int]:
     """Indices, each as often as its count, spread evenly: the n-th turn of a count stands at (n - 1/2) / count."""
+    if set(counts) == {1}:
+        return list(range(len(counts)))
     turns = [((2 * turn + 1) / count, index) for index, count in enumerate(counts) for turn in range(count)]
     return [index for _when, index in sorted(turns)]
 
 
 def is_ipv4(value: bytes) -> bool:
-    return value.startswith(b"\0" * 10 + b"\xff\xff")
+    return value.startswith(MAPPED)
+
+
+def packed(address: str) -> bytes:
+    """As `abi.pack_address`, of an address in its canonical text: a large mesh asks for hundreds of thousands."""
+    if ":" not in address and len(four := bytes(map(int, address.split(".")))) == 4:
+        return MAPPED + four
+    return bytes(abi.pack_address(address))
 
 
 def endpoint_value(endpoint: Endpoint, port: int) -> bytes:
-    draining = endpoint.state is EndpointState.DRAINING
-    return bytes(abi.EndpointValue(abi.pack_address(endpoint.address), port, draining))
+    return ENDPOINT.pack(packed(endpoint.address), port, endpoint.state is EndpointState.DRAINING, 0)
 
 
 def carried(mesh: Mesh) -> Iterator[tuple[Service, Port, list[bytes]]]:
@@ -91,16 +119,75 @@ def carried(mesh: Mesh) -> Iterator[tuple[Service, Port, list[bytes]]]:
                 yield service, port, [service_key(address, port.port, port.protocol) for address in service.addresses]
 
 
+class EndpointIds:
+    """Which id an endpoint has: that of the kernel, else one never used. Its identity is address and port: the draining
+    flag, which may change, is left out.
+    """
+
+    def __init__(self, have: Table, free: int) -> None:
+        self._known = {value[:IDENTITY]: key for key, value in have.items()}
+        self.free = max(free - 1, *(int.from_bytes(key, "little") for key in have), 0) + 1
+
+    def key(self, value: bytes) -> bytes:
+        """The key of the endpoint that has this value."""
+        key = self._known.get(value[:IDENTITY])
+        if key is None:
+            key = self._known[value[:IDENTITY]] = self.free.to_bytes(4, "little")
+            self.free += 1
+        return key
+
+    def forget(self, value: bytes) -> None:
+        """The kernel holds it no more: should it come back, it is another one."""
+        del self._known[value[:IDENTITY]]
+
+
+@dataclass(frozen=True, slots=True)
+class PortRows:
+    """What one service port takes: its endpoints (also those that no slot names), slots and policy."""
+
+    endpoints: list[tuple[bytes, bytes]]
+    slots: list[tuple[bytes, bytes]]
+    policy: bytes
+
+
+def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int, ids: EndpointIds) -> PortRows:
+    endpoints: list[tuple[bytes, bytes]] = []
+    picked: list[tuple[bytes, bool]] = []
+    weights: list[int] = []
+    for endpoint in service.endpoints:
+        number = endpoint.ports.get(port.name)
+        if number is None:
+            continue
+        value = endpoint_value(endpoint, number)
+        key = ids.key(value)
+        endpoints.append((key, value))
+        if endpoint.weight > 0 and endpoint.state is EndpointState.READY:
+            picked.append((key, is_ipv4(value)))
+            weights.append(endpoint.weight)
+    order = [picked[which] for which in interleave(shares(weights))]
+    order.sort(key=lambda entry: not entry[1])  # stable: IPv4 first, each family still spread evenly
+    slots = [(SLOT.pack(service_id, index), key) for index, (key, _ipv4) in enumerate(order)]
+    random = policy.load_balancer.simple is Balance.RANDOM
+    held = POLICY.pack(
+        len(order),
+        sum(ipv4 for _key, ipv4 in order),
+        abi.Carried.DIRECT if choose(port, policy).carrier is Carrier.DIRECT else abi.Carried.PROXY,
+        abi.Pick.RANDOM if random else abi.Pick.ROUND_ROBIN,
+        abi.Down.REFUSE if policy.on_proxy_down is OnProxyDown.REFUSE else abi.Down.DIRECT,
+        0,
+    )
+    return PortRows(endpoints, slots, held)
+
+
 def plan(mesh: Mesh, have: Tables, free: Ids = Ids()) -> Plan:
     """What the kernel must hold for `mesh`, given what it holds. Raises MapFull before anything is written."""
     wanted = Tables()
     names: dict[int, tuple[Service, Port]] = {}
     known_services = {key: int.from_bytes(value, "little") for key, value in have.services.items()}
-    # An endpoint's identity is its address and port: the draining flag, which may change, is left out.
-    known_endpoints = {value[:IDENTITY]: int.from_bytes(key, "little") for key, value in have.endpoints.items()}
+    endpoints = EndpointIds(have.endpoints, free.endpoint)
     next_service = max(free.service - 1, *known_services.values(), 0) + 1
-    next_endpoint = max(free.endpoint - 1, *known_endpoints.values(), 0) + 1
     led = _still_led(mesh, known_services)
+    named: list[tuple[bytes, bytes]] = []
     for service, port, keys in carried(mesh):
         policy = mesh.policy_for(service)
         known = [known_services[key] for key in keys if key in known_services]
@@ -108,40 +195,19 @@ def plan(mesh: Mesh, have: Tables, free: Ids = Ids()) -> Plan:
         if not service_id:
             service_id, next_service = next_service, next_service + 1
         names[service_id] = (service, port)
-        picked: list[tuple[bytes, bool]] = []
-        weights: list[int] = []
-        for endpoint in service.endpoints:
-            if port.name not in endpoint.ports:
-                continue
-            value = endpoint_value(endpoint, endpoint.ports[port.name])
-            endpoint_id = known_endpoints.get(value[:IDENTITY], 0)
-            if not endpoint_id:
-                endpoint_id, next_endpoint = next_endpoint, next_endpoint + 1
-                known_endpoints[value[:IDENTITY]] = endpoint_id
-            endpoint_key = endpoint_id.to_bytes(4, "little")
+        rows = rows_of(service, port, policy, service_id, endpoints)
+        named += rows.endpoints
+        for endpoint_key, value in rows.endpoints:
             # Draining only where every service that names it says so: the slots know which one does.
-            wanted.endpoints[endpoint_key] = min(value, wanted.endpoints.get(endpoint_key, value))
-            if endpoint.state is EndpointState.READY and endpoint.weight > 0:
-                picked.append((endpoint_key, is_ipv4(value)))
-                weights.append(endpoint.weight)
-        order = [picked[which] for which in interleave(shares(weights))]
-        order.sort(key=lambda entry: not entry[1])  # stable: IPv4 first, each family still spread evenly
-        for index, (endpoint_key, _ipv4) in enumerate(order):
-            wanted.slots[bytes(abi.SlotKey(service_id, index))] = endpoint_key
-        random = policy.load_balancer.simple is Balance.RANDOM
-        wanted.policies[service_id.to_bytes(4, "little")] = bytes(
-            abi.PolicyValue(
-                len(order),
-                sum(ipv4 for _key, ipv4 in order),
-                abi.Carried.DIRECT if choose(port, policy).carrier is Carrier.DIRECT else abi.Carried.PROXY,
-                abi.Pick.RANDOM if random else abi.Pick.ROUND_ROBIN,
-                abi.Down.REFUSE if policy.on_proxy_down is OnProxyDown.REFUSE else abi.Down.DIRECT,
-            )
-        )
+            held = wanted.endpoints.setdefault(endpoint_key, value)
+            if value < held:
+                wanted.endpoints[endpoint_key] = value
+        wanted.slots.update(rows.slots)
+        wanted.policies[service_id.to_bytes(4, "little")] = rows.policy
         for key in keys:
             wanted.services[key] = service_id.to_bytes(4, "little")
     _check_room(have, wanted, mesh.agent.maps)
-    return Plan(wanted, names, Ids(next_service, next_endpoint))
+    return Plan(wanted, names, Ids(next_service, endpoints.free), named)
 
 
 def _still_led(mesh: Mesh, known: Mapping[bytes, int]) -> dict[int, set[bytes]]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from loader import abi, environment, libbpf
-from loader.diff import diff
 from loader.instance import Instance
-from loader.plan import TABLES, Ids, Plan, Tables, plan
+from loader.plan import TABLES, Ids, Plan, Tables
+from loader.planner import Planner
 from meshbpf import wire
 from meshbpf.model import MapSizes, Mesh
 from meshbpf.reason import Reason
@@ -56,44 +56,45 @@ class Dataplane:
         for name, (key, value, per_cpu) in SHAPES.items():
             path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
-        self._have: Tables | None = None
+        self._planner: Planner | None = None
 
     # --- writing ---------------------------------------------------------------------------------------------
 
     def apply(self, mesh: Mesh) -> Applied:
         """Make the kernel hold `mesh`. Raises MapFull (nothing lost: what was there stays served)."""
-        have = self.read_tables() if self._have is None else self._have
         state = self._agent_state()
-        planned = plan(mesh, have, Ids(state.next_service, state.next_endpoint))
-        self._have = None  # a failure half-way is read back from the kernel next time
-        state.next_service, state.next_endpoint = planned.free.service, planned.free.endpoint
-        self.maps["agent"].update(bytes(4), bytes(state))
-        self._make_rows(planned)
+        planner, self._planner = self._planner, None  # a failure half-way is read back from the kernel next time
+        if planner is None:
+            planner = Planner(self.read_tables(), Ids(state.next_service, state.next_endpoint))
+        step = planner.follow(mesh)
+        free = step.plan.free
+        if (state.next_service, state.next_endpoint) != (free.service, free.endpoint):
+            state.next_service, state.next_endpoint = free.service, free.endpoint
+            self.maps["agent"].update(bytes(4), bytes(state))
+        if step.whole:
+            self._make_rows(step.plan)
         writes = 0
-        for write in diff(have, planned.tables):
-            if write.value is None:
-                self.maps[write.table].delete(write.key)
-            else:
-                self.maps[write.table].update(write.key, write.value)
-            writes += 1
-        self._drop_rows(planned)
-        self._have = planned.tables
-        return Applied(writes, planned)
+        for run in step.runs:
+            self.maps[run.table].update_many(run.rows)
+            self.maps[run.table].delete_many(run.gone)
+            writes += len(run)
+        if step.whole:
+            self._drop_rows(step.plan)
+        self._planner = planner
+        return Applied(writes, step.plan)
 
     def _make_rows(self, planned: Plan) -> None:
         """Every service id has its round-robin position and its connection counts before a hook can look."""
         for name in ("rounds", "connections"):
             there = set(self.maps[name].keys())
-            for service_id in planned.service_ids:
-                key = service_id.to_bytes(4, "little")
-                if key not in there:  # else it goes on counting
-                    self.maps[name].update(key, bytes(self.maps[name].value_size))
+            keys = [service_id.to_bytes(4, "little") for service_id in planned.service_ids]
+            zero = bytes(self.maps[name].value_size)
+            self.maps[name].update_many([(key, zero) for key in keys if key not in there])  # the others go on counting
 
     def _drop_rows(self, planned: Plan) -> None:
         for name in ("rounds", "connections"):
-            for key in list(self.maps[name].keys()):
-                if int.from_bytes(key, "little") not in planned.service_ids:
-                    self.maps[name].delete(key)
+            keys = list(self.maps[name].keys())
+            self.maps[name].delete_many([k for k in keys if int.from_bytes(k, "little") not in planned.service_ids])
 
     def set_agent(self, proxy_port: int, exempt_cgroup: int) -> None:
         """Tell connect where the proxy listens and whose connections are our own (0: nobody's)."""

@@ -7,57 +7,124 @@ Covers what model.py uses: frozen dataclasses, enums, tuples, mappings, optional
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from meshbpf.model import Mesh, Service
+
 T = TypeVar("T")
+Convert = Callable[[Any], Any]
+_PLAIN = frozenset({str, int, float, bool})
 
 
 def encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {"/".join(k) if isinstance(k, tuple) else k: encode(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [encode(item) for item in value]
-    return value
+    return _encoder(typing.cast(Any, type(value)))(value)
+
+
+def text(mesh: Mesh) -> str:
+    """JSON of `encode(mesh)`; a service that is the same object as in the last mesh costs nothing."""
+    rest = json.dumps(encode(dataclasses.replace(mesh, services=())))
+    # No string of `rest` holds that: its quotes would be escaped.
+    return rest.replace('"services": []', f'"services": [{",".join(texts(mesh))}]', 1)
+
+
+def texts(mesh: Mesh) -> list[str]:
+    """JSON of each service, in the mesh's order; remembers those of the last mesh."""
+    last, known = _texts[0], {}
+    for service in mesh.services:
+        found = last.get(id(service))  # who is remembered here has not given its id to another
+        known[id(service)] = found or (service, json.dumps(encode(service), separators=(",", ":")))
+    _texts[0] = known
+    return [text for _service, text in known.values()]
+
+
+_texts: list[dict[int, tuple[Service, str]]] = [{}]
+
+
+@cache
+def _encoder(kind: Any) -> Convert:
+    """How to encode values of this very type; found out once, since a mesh has hundreds of thousands of some."""
+    if issubclass(kind, Enum):
+        return lambda value: value.value
+    if issubclass(kind, Mapping):
+        return lambda value: {"/".join(k) if isinstance(k, tuple) else k: encode(v) for k, v in value.items()}
+    if issubclass(kind, tuple | list):
+        return lambda value: [encode(item) for item in value]
+    if dataclasses.is_dataclass(kind):
+        names = _names(typing.cast(Any, kind))
+
+        def read(value: Any) -> dict[str, Any]:
+            fields = [(name, getattr(value, name)) for name in names]
+            return {name: field if type(field) in _PLAIN else encode(field) for name, field in fields}
+
+        return read
+    return _same
 
 
 def decode(kind: type[T], data: Any) -> T:
     """The value of type `kind` that `encode` gave. Raises KeyError or ValueError for data of another shape."""
-    return typing.cast(T, _decode(kind, data))
+    return typing.cast(T, _decoder(typing.cast(Any, kind))(data))
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
-def _decode(kind: Any, data: Any) -> Any:
+@cache
+def _decoder(kind: Any) -> Convert:
+    """How to read a value of this type; found out once per type, since a mesh has hundreds of thousands of some."""
     origin = typing.get_origin(kind)
     if origin is tuple:
-        item = typing.get_args(kind)
-        if len(item) == 2 and item[1] is Ellipsis:
-            return tuple(_decode(item[0], entry) for entry in data)
-        return tuple(_decode(each, entry) for each, entry in zip(item, data, strict=True))
+        items = typing.get_args(kind)
+        if len(items) == 2 and items[1] is Ellipsis:
+            one = _decoder(items[0])
+            return tuple if one is _same else lambda data: tuple([one(entry) for entry in data])
+        several = [_decoder(item) for item in items]
+        return lambda data: tuple([each(entry) for each, entry in zip(several, data, strict=True)])
     if origin is Mapping:
         key, value = typing.get_args(kind)
-        pairs = typing.get_origin(key) is tuple
-        return MappingProxyType({tuple(k.split("/")) if pairs else k: _decode(value, v) for k, v in data.items()})
+        pairs, inner = typing.get_origin(key) is tuple, _decoder(value)
+        if not pairs and inner is _same:
+            return lambda data: MappingProxyType(dict(data)) if data else _EMPTY
+        return lambda data: MappingProxyType(
+            {tuple(k.split("/")) if pairs else k: inner(entry) for k, entry in data.items()}
+        )
     if origin in (typing.Union, types.UnionType):
-        if data is None:
-            return None
-        return _decode(next(k for k in typing.get_args(kind) if k is not type(None)), data)
+        some = _decoder(next(k for k in typing.get_args(kind) if k is not type(None)))
+        return lambda data: None if data is None else some(data)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = _hints(kind)
-        return kind(**{name: _decode(hints[name], entry) for name, entry in data.items()})
+        return _dataclass_decoder(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(data)
+        return kind
+    return _same
+
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+def _same(data: Any) -> Any:
     return data
+
+
+def _dataclass_decoder(kind: type) -> Convert:
+    hints = typing.get_type_hints(kind)
+    known = {name: _decoder(hints[name]) for name in _names(kind)}
+    special = [(name, convert) for name, convert in known.items() if convert is not _same]
+
+    def read(data: Any) -> Any:
+        values = dict(data)
+        if not values.keys() <= known.keys():
+            raise KeyError(*(values.keys() - known.keys()))
+        for name, convert in special:
+            if name in values:
+                values[name] = convert(values[name])
+        return kind(**values)
+
+    return read

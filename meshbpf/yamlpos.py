@@ -85,15 +85,17 @@ class Text:
     faults: list[Fault] = field(default_factory=list)
 
 
-def read(file: str, text: str) -> Text:
-    """All documents of `text`; `file` is only the name used in positions."""
+def read(file: str, text: str, first_line: int = 1) -> Text:
+    """All documents of `text`; `file` is only the name used in positions, and `first_line` where in it the text begins
+    (for a text without faults: their positions know nothing of it).
+    """
     result = Text()
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
         message = f"too large: {size} bytes, at most {MAX_BYTES} are read: split the file"
         result.faults.append(Fault(Mark(file, 1, 1), message))
         return result
-    builder = _Builder(file, result)
+    builder = _Builder(file, result, first_line)
     try:
         for event in yaml.parse(text.removeprefix("\ufeff"), Loader=_Loader):
             builder.take(event)
@@ -134,8 +136,9 @@ class _Open:
 class _Builder:
     """Puts events together without recursion. One instance per text; anchors end with their document."""
 
-    def __init__(self, file: str, result: Text) -> None:
+    def __init__(self, file: str, result: Text, first_line: int) -> None:
         self._file = file
+        self._first = first_line
         self._result = result
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[Any, int] | None] = {}  # None: still open, so an alias to it would be endless
@@ -143,7 +146,7 @@ class _Builder:
 
     def take(self, event: yaml.Event) -> None:
         mark = event.start_mark
-        at = Mark(self._file, mark.line + 1, mark.column + 1) if mark else Mark(self._file, 1, 1)
+        at = Mark(self._file, mark.line + self._first, mark.column + 1) if mark else Mark(self._file, 1, 1)
         match event:
             case yaml.ScalarEvent():
                 value = self._scalar(event, at)

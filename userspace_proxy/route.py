@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from userspace_proxy.pool import Pool
     from userspace_proxy.upstream import Upstream
 
-Identity = tuple[str, str, int, str, int]
-
 
 class Target(Host):
     """An endpoint as the proxy uses it. `idle`: connections that wait for a request, by namespace, newest last."""
@@ -38,8 +36,8 @@ class Route:
     """One port of one service. `service` is its label; `in_flight` the cell of a gauge."""
 
     __slots__ = (
-        "accelerated", "balancer", "dialled", "heads", "in_flight", "per_try", "policy", "pool", "port", "protocol",
-        "request", "retired", "service", "source", "targets",
+        "accelerated", "addresses", "balancer", "dialled", "heads", "in_flight", "per_try", "policy", "pool", "port",
+        "protocol", "request", "retired", "service", "source", "targets",
     )  # fmt: skip
 
     def __init__(self, service: str, port: Port, pool: Callable[[Route], Pool], in_flight: list[int]) -> None:
@@ -49,6 +47,7 @@ class Route:
         self.policy: ServicePolicy = DEFAULT_POLICY
         self.source: Service | None = None
         self.targets: tuple[Target, ...] = ()
+        self.addresses: tuple[str, ...] = ()
         self.balancer: Balancer[Target] = balancer(DEFAULT_POLICY.load_balancer.simple, ())
         self.in_flight = in_flight
         self.accelerated = True
@@ -80,30 +79,31 @@ class Route:
 
 
 def canonical(address: str) -> str:
-    """One spelling per address, that of the kernel's tables."""
-    return ip_address(address).compressed
+    """One spelling per address, that of the kernel's tables; IPv4 has only one."""
+    return address if ":" not in address else ip_address(address).compressed
 
 
 class Table:
     """All routes, by identity and by the address that applications dial."""
 
-    __slots__ = ("_in_flight", "_pool", "_routes", "_targets", "by_address")
+    __slots__ = ("_in_flight", "_pool", "_routes", "by_address")
 
     def __init__(self, pool: Callable[[Route], Pool], in_flight: Callable[[str], list[int]]) -> None:
         self._pool = pool
         self._in_flight = in_flight
         self._routes: dict[tuple[str, str, int], Route] = {}
-        self._targets: dict[Identity, Target] = {}
         self.by_address: dict[tuple[str, int], Route] = {}
 
     def use(self, mesh: Mesh) -> list[Target]:
-        """Follow `mesh`; returns the targets that left it. New connections see all of it or nothing of it."""
+        """Follow `mesh`; returns the targets that left it. New connections see all of it or nothing of it.
+
+        A service and policy that are the same objects as before are passed over.
+        """
         routes: dict[tuple[str, str, int], Route] = {}
-        targets: dict[Identity, Target] = {}
         by_address: dict[tuple[str, int], Route] = {}
+        left: list[Target] = []
         for service in mesh.services:
             policy = mesh.policy_for(service)
-            addresses = [canonical(address) for address in service.addresses]
             for port in service.ports:
                 if port.protocol is Protocol.UDP:
                     continue
@@ -112,37 +112,41 @@ class Table:
                 if route is None:
                     route = Route(service.label, port, self._pool, self._in_flight(service.label))
                 routes[key] = route
-                route.update(service, port, policy, self._targets_of(service, port, targets))
-                for address in addresses:
+                if route.source is not service or route.policy is not policy:
+                    left += _follow(route, service, port, policy)
+                for address in route.addresses:
                     by_address[(address, port.port)] = route
-        left = [target for key, target in self._targets.items() if key not in targets]
-        for target in left:
-            target.gone = True
         for key, route in self._routes.items():
             if key not in routes:
                 route.retired = True
+                left += route.targets
                 route.targets = ()
                 route.balancer = balancer(DEFAULT_POLICY.load_balancer.simple, ())
-        self._routes, self._targets, self.by_address = routes, targets, by_address
+        for target in left:
+            target.gone = True
+        self._routes, self.by_address = routes, by_address
         return left
 
     def targets(self) -> Iterable[Target]:
-        return self._targets.values()
+        return (target for route in self._routes.values() for target in route.targets)
 
-    def _targets_of(self, service: Service, port: Port, into: dict[Identity, Target]) -> tuple[Target, ...]:
-        found = []
-        for endpoint in service.endpoints:
-            number = endpoint.ports.get(port.name)
-            if number is None:
-                continue
-            address = canonical(endpoint.address)
-            key = (*service.id, port.port, address, number)
-            target = into.get(key) or self._targets.get(key)
-            if target is None:
-                target = Target(address, number)
-            target.weight = endpoint.weight
-            target.draining = endpoint.state is EndpointState.DRAINING
-            target.gone = False
-            into[key] = target
-            found.append(target)
-        return tuple(found)
+
+def _follow(route: Route, service: Service, port: Port, policy: ServicePolicy) -> list[Target]:
+    """Update the route; returns the targets that are no longer its own."""
+    known = {(target.address, target.port): target for target in route.targets}
+    kept: dict[tuple[str, int], Target] = {}
+    found = []
+    for endpoint in service.endpoints:
+        number = endpoint.ports.get(port.name)
+        if number is None:
+            continue
+        place = (canonical(endpoint.address), number)
+        target = kept.get(place) or known.get(place) or Target(*place)
+        target.weight = endpoint.weight
+        target.draining = endpoint.state is EndpointState.DRAINING
+        target.gone = False
+        kept[place] = target
+        found.append(target)
+    route.addresses = tuple(canonical(address) for address in service.addresses)
+    route.update(service, port, policy, tuple(found))
+    return [target for place, target in known.items() if place not in kept]

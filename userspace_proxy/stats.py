@@ -61,7 +61,7 @@ class Retention:
         old, self.services = self.services, {service.label: service for service in mesh.services}
         for label in old.keys() | self.services.keys():
             before, after = old.get(label), self.services.get(label)
-            if before is after:
+            if before is after or (before is None and not self._gone):
                 continue
             was, is_ = endpoints_of(before), endpoints_of(after)
             self._gone.update(((label, endpoint), now) for endpoint in was - is_)

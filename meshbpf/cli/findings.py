@@ -7,7 +7,7 @@ kernel self-test come with their own ids and remedies from the loader; they are 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -169,7 +169,7 @@ def instance(facts: InstanceFacts) -> list[Finding]:
     remade = [cgroup.path for cgroup in facts.cgroups if cgroup.exists and not cgroup.linked]
     lost = f"gone: {_listed(gone)}" if gone else f"made anew since the attach, not led: {_listed(remade)}"
     remedy = f"mkdir {gone[0]}, then attach or run again" if gone else "attach or run again"
-    full = [f"{name} {entries}/{room}" for name, entries, room in facts.fills if 100 * entries >= FULL_PERCENT * room]
+    full = [f"{name} {entries}/{room}" for name, entries, room in nearly_full(facts.fills)]
     return [
         Finding("attached", Result.OK, f"instance {facts.name}, {counted(facts.services, 'service')}"),
         _judge("attached-cgroup", not (gone or remade), _listed([c.path for c in facts.cgroups]), lost, remedy),
@@ -179,6 +179,11 @@ def instance(facts: InstanceFacts) -> list[Finding]:
         ),
         *_agent(facts),
     ]  # fmt: skip
+
+
+def nearly_full(fills: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Of (table, entries, room) those that deserve a warning."""
+    return [fill for fill in fills if 100 * fill[1] >= FULL_PERCENT * fill[2]]
 
 
 def _agent(facts: InstanceFacts) -> list[Finding]:

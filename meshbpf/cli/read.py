@@ -15,8 +15,10 @@ import typer
 from loader import abi, dataplane, environment
 from loader.dataplane import Dataplane
 from loader.instance import Instance
+from loader.plan import TABLES
 from meshbpf.cli import ask, output, view
 from meshbpf.cli import explain as explaining
+from meshbpf.cli.findings import nearly_full
 from meshbpf.cli.options import InstanceName, Output
 from meshbpf.errors import NotFound
 from meshbpf.model import Mesh
@@ -105,7 +107,7 @@ def status(
 def _status(instance: Instance, plane: Dataplane, mesh: Mesh, agent: dict[str, Any] | None) -> dict[str, Any]:
     state = instance.read_state()
     fills = [
-        {"map": name, "entries": len(list(plane.maps[name].keys())), "capacity": getattr(mesh.agent.maps, name)}
+        {"map": name, "entries": len(list(plane.maps[name].items())), "capacity": getattr(mesh.agent.maps, name)}
         for name in ("services", "policies", "slots", "endpoints", "flows")
     ]
     carriers: dict[str, int] = {}
@@ -122,7 +124,17 @@ def _status(instance: Instance, plane: Dataplane, mesh: Mesh, agent: dict[str, A
         "sources": (agent or {}).get("sources", []),
         "error": (agent or {}).get("error", ""),
         "maps": fills,
+        "warnings": _warnings(fills),
     }
+
+
+def _warnings(fills: list[dict[str, Any]]) -> list[str]:
+    """Tables that will soon refuse a mesh. `flows` refuses none: what is oldest in it goes."""
+    full = nearly_full((fill["map"], fill["entries"], fill["capacity"]) for fill in fills if fill["map"] in TABLES)
+    return [
+        f"map {name} is {100 * entries / room:.1f}% full: raise Agent.spec.maps.{name}, then attach or run again"
+        for name, entries, room in full
+    ]
 
 
 def _print_status(whole: dict[str, Any]) -> None:
@@ -154,6 +166,7 @@ def _print_status(whole: dict[str, Any]) -> None:
         lines.append(("SOURCE", f"{source['name']}, last change {output.age(source['age_seconds'])} ago{trouble}"))
     if whole["error"]:
         lines.append(("ERROR", whole["error"]))
+    lines += [("WARNING", warning) for warning in whole["warnings"]]
     width = max(len(head) for head, _text in lines)
     for head, text in lines:
         typer.echo(f"{head.ljust(width)}  {text}")

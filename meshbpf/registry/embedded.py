@@ -24,7 +24,7 @@ from meshbpf.errors import Busy, ConfigError, MeshError
 from meshbpf.model import EmbeddedRegistry, Endpoint, Port, Protocol, Service
 from meshbpf.registry import api
 from meshbpf.registry.base import Snapshot
-from meshbpf.registry.instance import Rules
+from meshbpf.registry.instance import Rules, ServiceId
 from meshbpf.registry.leases import Leases
 from meshbpf.registry.registrar import Registrar
 from meshbpf.registry.store import Store
@@ -33,33 +33,49 @@ COALESCE = 0.02  # seconds: a deployment registers many instances at once, and e
 SOURCE = "registry"
 
 
-def services_of(leases: Leases) -> tuple[Service, ...]:
-    """Every service that has instances, sorted by (namespace, name); endpoints sorted by instance id."""
-    services: list[Service] = []
-    for name, namespace in leases.services():
-        ports: dict[str, Port] = {}
-        taken: set[tuple[int, bool]] = set()
-        instances = [lease.instance for lease in leases.of((name, namespace))]  # oldest first
-        for instance in instances:
-            for port_name, port in instance.ports.items():
-                number = (port.service_port, port.protocol is Protocol.UDP)
-                if port_name not in ports and number not in taken:
-                    ports[port_name] = Port(port_name, port.service_port, port.protocol)
-                    taken.add(number)
-        endpoints = tuple(
-            Endpoint(
-                address=instance.address,
-                ports=MappingProxyType({port_name: port.port for port_name, port in instance.ports.items()}),
-                weight=instance.weight,
-                zone=instance.zone,
-                labels=instance.labels,
-                source=SOURCE,
-            )
-            for instance in sorted(instances, key=lambda instance: instance.id)
+Known = dict[ServiceId, tuple[int, Service]]
+
+
+def services_of(leases: Leases, known: Known | None = None) -> tuple[Service, ...]:
+    """Every service that has instances, sorted by (namespace, name); endpoints sorted by instance id. `known` are those
+    of the last time with their generations: one that did not change since stays the same object.
+    """
+    found: Known = {}
+    for identity in leases.services():
+        generation = leases.generation_of(identity)
+        last = known.get(identity) if known is not None else None
+        found[identity] = (
+            last if last is not None and last[0] == generation else (generation, _service(leases, identity))
         )
-        in_order = tuple(sorted(ports.values(), key=lambda port: (port.port, port.name)))
-        services.append(Service(name, namespace, ports=in_order, endpoints=endpoints, source=SOURCE))
-    return tuple(services)
+    if known is not None:
+        known.clear()
+        known.update(found)
+    return tuple([service for _generation, service in found.values()])
+
+
+def _service(leases: Leases, identity: ServiceId) -> Service:
+    ports: dict[str, Port] = {}
+    taken: set[tuple[int, bool]] = set()
+    instances = [lease.instance for lease in leases.of(identity)]  # oldest first
+    for instance in instances:
+        for port_name, port in instance.ports.items():
+            number = (port.service_port, port.protocol is Protocol.UDP)
+            if port_name not in ports and number not in taken:
+                ports[port_name] = Port(port_name, port.service_port, port.protocol)
+                taken.add(number)
+    endpoints = tuple(
+        Endpoint(
+            address=instance.address,
+            ports=MappingProxyType({port_name: port.port for port_name, port in instance.ports.items()}),
+            weight=instance.weight,
+            zone=instance.zone,
+            labels=instance.labels,
+            source=SOURCE,
+        )
+        for instance in sorted(instances, key=lambda instance: instance.id)
+    )
+    in_order = tuple(sorted(ports.values(), key=lambda port: (port.port, port.name)))
+    return Service(*identity, ports=in_order, endpoints=endpoints, source=SOURCE)
 
 
 class EmbeddedSource:
@@ -123,10 +139,11 @@ class EmbeddedSource:
     async def watch(self) -> AsyncIterator[Snapshot]:
         await self.start()
         news = self.registrar.news
+        known: Known = {}
         try:
             while True:
                 news.clear()
-                services = services_of(self.registrar.leases)
+                services = services_of(self.registrar.leases, known)
                 yield Snapshot(services, error=self.registrar.problem, source=self.name)
                 await news.wait()
                 await asyncio.sleep(COALESCE)

@@ -38,18 +38,22 @@ Content = list[tuple[str, str]] | str  # what was read, or why it could not be
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
-def read(paths: Sequence[Path]) -> Snapshot:
-    """What the files say now, endpoints and services with their positions. Raises `ConfigErrors` with every fault."""
-    return _snapshot(files.texts(paths))
+def read(paths: Sequence[Path]) -> tuple[Content, Snapshot]:
+    """What the files say now, and what it means. Raises `ConfigErrors` with every fault."""
+    content = files.texts(paths)
+    return content, _snapshot(content)
 
 
 class FileSource:
-    """`reload` (SIGHUP) reads again and tells even if nothing changed; `watch` may be iterated once at a time."""
+    """`reload` (SIGHUP) reads again and tells even if nothing changed; `watch` may be iterated once at a time. `known`
+    is what the files said a moment ago: as long as they still say it, it is not made sense of again.
+    """
 
     name = "files"
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], known: tuple[Content, Snapshot] | None = None) -> None:
         self._paths = [Path(path) for path in paths]
+        self._known = known
         self._wake = asyncio.Event()
         self._told_to = False
         self._stamp: Stamp = ()  # of what was read, taken before it was read
@@ -70,7 +74,7 @@ class FileSource:
                 content = await asyncio.to_thread(_content, self._paths)
                 if told or content != last:
                     last = content
-                    now = await asyncio.to_thread(_next, content, good, filled)
+                    now = await asyncio.to_thread(self._next, content, good, filled)
                     if not now.error and not isinstance(content, str):
                         good, filled = now, frozenset(file for file, text in content if text)
                     yield now
@@ -78,6 +82,12 @@ class FileSource:
         finally:
             watcher.cancel()
             await asyncio.wait([watcher])
+
+    def _next(self, content: Content, good: Snapshot, filled: frozenset[str]) -> Snapshot:
+        known, self._known = self._known, None
+        if known is not None and known[0] == content:
+            return known[1]
+        return _next(content, good, filled)
 
     async def _notice(self) -> None:
         """Set `_wake` whenever something may have changed, for ever."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import is_
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -49,36 +50,148 @@ class Wanted(NamedTuple):
 
 @dataclass(slots=True)
 class _Draft:
-    """A service while sources add to it. `rank` is the source that addresses it; endpoints keep whether they may be
-    on loopback."""
+    """A service while sources add to it. `rank` is the source that addresses it; `words` are what all sources say of
+    it, each with its rank."""
 
     service: Service
     rank: int
-    endpoints: list[tuple[Endpoint, bool]] = field(default_factory=list)
+    words: list[tuple[int, Service]]
 
 
 def mesh(snapshots: Sequence[Snapshot], given: Mapping[ServiceId, str], generation: int = 0) -> Merged:
     """The mesh of all snapshots; `given` holds the addresses which the pool gave before: they stay."""
-    agent = _agent(snapshots)
-    problems: list[Problem] = []
-    drafts = _drafts(snapshots)
-    _keep_addresses(drafts, agent, problems)
-    new = _give_addresses(drafts, agent, given, problems)
-    taken = _taken(drafts)
-    services = tuple(_finished(draft, agent, taken, problems) for draft in drafts)
-    return Merged(Mesh(agent, services, policies(snapshots), generation), tuple(problems), new)
+    return Merger().mesh(snapshots, given, generation)
 
 
 def wanted(snapshots: Sequence[Snapshot]) -> Wanted:
     """Which services the pool must serve: for a caller who keeps given addresses in a store, before `mesh`."""
-    agent = _agent(snapshots)
-    drafts = _drafts(snapshots)
-    _keep_addresses(drafts, agent, [])
-    return Wanted(
-        tuple(draft.service.id for draft in drafts if not draft.service.addresses),
-        ipaddress.ip_network(agent.address_pool),
-        frozenset(address for draft in drafts for address in draft.service.addresses),
-    )
+    return Merger().wanted(snapshots)
+
+
+class Merger:
+    """Merges again and again. A service of which every source says what it said before stays the same object, and while
+    nobody's addresses and ports change, only the others are looked at.
+    """
+
+    def __init__(self) -> None:
+        self._snapshots: Sequence[Snapshot] = ()
+        self._agent = Agent()
+        self._drafts: dict[ServiceId, _Draft] = {}  # before anybody's addresses are judged or given
+        self._order: list[ServiceId] = []
+        self._wanted: Wanted | None = None
+        # What was decided for all services together, with the given addresses that it was decided with (None: not yet).
+        self._given: Mapping[ServiceId, str] | None = None
+        self._merged: Mapping[ServiceId, str] = {}
+        self._addresses: dict[ServiceId, tuple[str, ...]] = {}
+        self._taken: Taken = {}
+        self._problems: list[Problem] = []
+        self._finished: dict[ServiceId, tuple[Service, list[Problem]]] = {}
+
+    def wanted(self, snapshots: Sequence[Snapshot]) -> Wanted:
+        """As the function; the same object when it is what it was the last time."""
+        self._take(snapshots)
+        if self._wanted is None:
+            drafts = self._copies()
+            _keep_addresses(drafts, self._agent, [])
+            self._wanted = Wanted(
+                tuple(draft.service.id for draft in drafts if not draft.service.addresses),
+                ipaddress.ip_network(self._agent.address_pool),
+                frozenset(address for draft in drafts for address in draft.service.addresses),
+            )
+        return self._wanted
+
+    def mesh(self, snapshots: Sequence[Snapshot], given: Mapping[ServiceId, str], generation: int = 0) -> Merged:
+        """As the function."""
+        self._take(snapshots)
+        if self._given is None or self._given != given:
+            self._address(given)
+        for identity in self._order:
+            if identity not in self._finished:
+                problems: list[Problem] = []
+                service = self._finish(self._drafts[identity], self._addresses[identity], problems)
+                self._finished[identity] = (service, problems)
+        found = [self._finished[identity] for identity in self._order]
+        told = (*self._problems, *(problem for _service, own in found for problem in own))
+        services = tuple([service for service, _own in found])
+        return Merged(Mesh(self._agent, services, policies(snapshots), generation), told, self._merged)
+
+    def _take(self, snapshots: Sequence[Snapshot]) -> None:
+        """Look at what the sources say; forget what was concluded from what they do not say any more."""
+        if len(snapshots) == len(self._snapshots) and all(map(is_, snapshots, self._snapshots)):
+            return
+        words: dict[ServiceId, list[tuple[int, Service]]] = {}
+        for rank, snapshot in enumerate(snapshots):
+            for service in snapshot.services:
+                words.setdefault((service.name, service.namespace), []).append((rank, service))
+        agent = _agent(snapshots)
+        same = agent == self._agent and len(words) == len(self._drafts)
+        same = same and [_setting(s) for s in snapshots] == [_setting(s) for s in self._snapshots]
+        drafts: dict[ServiceId, _Draft] = {}
+        for identity, said in words.items():
+            known = self._drafts.get(identity)
+            if known is not None and _same_words(known.words, said):
+                drafts[identity] = known
+                continue
+            draft = drafts[identity] = _draft(said)
+            same = same and known is not None and _called(known) == _called(draft)
+            self._finished.pop(identity, None)
+        if not same:
+            self._order = sorted(drafts, key=lambda identity: (identity[1], identity[0]))
+            self._wanted = self._given = None
+        self._snapshots, self._agent, self._drafts = tuple(snapshots), agent, drafts
+
+    def _copies(self) -> list[_Draft]:
+        return [dataclasses.replace(self._drafts[identity]) for identity in self._order]
+
+    def _address(self, given: Mapping[ServiceId, str]) -> None:
+        """Who is called by which addresses."""
+        self._problems, self._finished = [], {}
+        drafts = self._copies()
+        _keep_addresses(drafts, self._agent, self._problems)
+        self._merged = _give_addresses(drafts, self._agent, given, self._problems)
+        self._addresses = {draft.service.id: draft.service.addresses for draft in drafts}
+        self._taken, self._given = _taken(drafts), given
+
+    def _finish(self, draft: _Draft, called: tuple[str, ...], problems: list[Problem]) -> Service:
+        """The service with its endpoints: united, without repetitions, without what must not be called."""
+        service = draft.service
+        protocols = {port.name: port.protocol for port in service.ports}
+        layers = {port.name: addresses.layer4(port.protocol) for port in service.ports}
+        suspect = addresses.suspect_ports(self._agent)
+        seen: set[tuple[str, str, int]] = set()
+        kept: list[Endpoint] = []
+        for rank, word in draft.words:
+            source, allow_loopback = _setting(self._snapshots[rank])
+            for endpoint in word.endpoints:
+                address = endpoint.address
+                if why := _refused_address(address, allow_loopback):
+                    problems.append(Problem(service.label, address, why))
+                    continue
+                ports: dict[str, int] = {}
+                for name, number in endpoint.ports.items():
+                    # Most are in order; the rest is looked at more closely, to say why.
+                    if (name not in layers or number in suspect or (address, layers[name], number) in self._taken) and (
+                        why := _refused_port(address, name, number, protocols, self._agent, self._taken)
+                    ):
+                        problems.append(Problem(service.label, addresses.joined(address, number), why))
+                    # Two sources may know the same endpoint; for each port the earlier source's word on weight and
+                    # state holds.
+                    elif (address, name, number) not in seen:
+                        ports[name] = number
+                seen.update([(address, name, number) for name, number in ports.items()])
+                if not endpoint.source:
+                    endpoint = dataclasses.replace(endpoint, source=source)  # noqa: PLW2901
+                if len(ports) == len(endpoint.ports):
+                    kept.append(endpoint)
+                elif ports:
+                    kept.append(dataclasses.replace(endpoint, ports=MappingProxyType(ports)))
+        if (
+            service.addresses == called
+            and len(kept) == len(service.endpoints)
+            and all(map(is_, kept, service.endpoints))
+        ):
+            return service
+        return dataclasses.replace(service, addresses=called, endpoints=tuple(kept))
 
 
 def policies(snapshots: Sequence[Snapshot]) -> Mapping[ServiceId, ServicePolicy]:
@@ -94,22 +207,29 @@ def _agent(snapshots: Sequence[Snapshot]) -> Agent:
     return next((snapshot.agent for snapshot in snapshots if snapshot.agent is not None), Agent())
 
 
-def _drafts(snapshots: Sequence[Snapshot]) -> list[_Draft]:
-    """Every service that any source knows, by (namespace, name), with the endpoints of all."""
-    drafts: dict[ServiceId, _Draft] = {}
-    for rank, snapshot in enumerate(snapshots):
-        for service in snapshot.services:
-            draft = drafts.setdefault(service.id, _Draft(service, rank))
-            if not draft.service.addresses and service.addresses:
-                draft.rank = rank  # whose address it is decides when two services want the same
-            draft.service = _joined(draft.service, service)
-            for endpoint in service.endpoints:
-                named = endpoint if endpoint.source else dataclasses.replace(endpoint, source=snapshot.source)
-                draft.endpoints.append((named, snapshot.allow_loopback))
-    for draft in drafts.values():
-        if not draft.service.ports:
-            draft.service = dataclasses.replace(draft.service, ports=_instance_ports(draft))
-    return sorted(drafts.values(), key=lambda draft: (draft.service.namespace, draft.service.name))
+def _setting(snapshot: Snapshot) -> tuple[str, bool]:
+    return (snapshot.source, snapshot.allow_loopback)
+
+
+def _same_words(old: Sequence[tuple[int, Service]], new: Sequence[tuple[int, Service]]) -> bool:
+    return len(old) == len(new) and all(a[1] is b[1] and a[0] == b[0] for a, b in zip(old, new, strict=True))
+
+
+def _called(draft: _Draft) -> tuple[object, ...]:
+    """All of a service that others' endpoints and addresses are judged by."""
+    return (draft.rank, draft.service.addresses, draft.service.ports)
+
+
+def _draft(words: list[tuple[int, Service]]) -> _Draft:
+    """What one service is by the words of all sources that know it."""
+    rank, service = words[0]
+    for other_rank, other in words[1:]:
+        if not service.addresses and other.addresses:
+            rank = other_rank  # whose address it is decides when two services want the same
+        service = _joined(service, other)
+    if not service.ports:
+        service = dataclasses.replace(service, ports=_instance_ports(words))
+    return _Draft(service, rank, words)
 
 
 def _joined(first: Service, second: Service) -> Service:
@@ -122,7 +242,7 @@ def _joined(first: Service, second: Service) -> Service:
     )
 
 
-def _instance_ports(draft: _Draft) -> tuple[Port, ...]:
+def _instance_ports(words: Sequence[tuple[int, Service]]) -> tuple[Port, ...]:
     """Ports of a service for which no source has any: those of its instances, the protocol as the port's name says.
 
     An adapter that knows service ports or protocols fills `Service.ports`, and this is not asked.
@@ -130,7 +250,7 @@ def _instance_ports(draft: _Draft) -> tuple[Port, ...]:
     protocols = {str(protocol): protocol for protocol in Protocol}
     found: dict[str, Port] = {}
     numbers: set[tuple[str, int]] = set()
-    for endpoint, _ in draft.endpoints:
+    for endpoint in (endpoint for _rank, service in words for endpoint in service.endpoints):
         for name, number in endpoint.ports.items():
             port = Port(name, number, protocols.get(name, Protocol.TCP))
             if name not in found and (place := (addresses.layer4(port.protocol), number)) not in numbers:
@@ -152,7 +272,8 @@ def _keep_addresses(drafts: Sequence[_Draft], agent: Agent, problems: list[Probl
                 continue
             kept.append(address)
             taken.update(dict.fromkeys(places, draft.service.label))
-        draft.service = dataclasses.replace(draft.service, addresses=tuple(kept))
+        if len(kept) != len(draft.service.addresses):
+            draft.service = dataclasses.replace(draft.service, addresses=tuple(kept))
 
 
 def _places(service: Service, address: str) -> list[tuple[str, str, int]]:
@@ -201,30 +322,6 @@ def _taken(drafts: Sequence[_Draft]) -> Taken:
         for address in draft.service.addresses
         for place in _places(draft.service, address)
     }
-
-
-def _finished(draft: _Draft, agent: Agent, taken: Taken, problems: list[Problem]) -> Service:
-    """The service with its endpoints: united, without repetitions, without what must not be called."""
-    protocols = {port.name: port.protocol for port in draft.service.ports}
-    seen: set[tuple[str, str, int]] = set()
-    kept = []
-    for endpoint, allow_loopback in draft.endpoints:
-        if why := _refused_address(endpoint.address, allow_loopback):
-            problems.append(Problem(draft.service.label, endpoint.address, why))
-            continue
-        ports: dict[str, int] = {}
-        for name, number in endpoint.ports.items():
-            if why := _refused_port(endpoint.address, name, number, protocols, agent, taken):
-                problems.append(Problem(draft.service.label, addresses.joined(endpoint.address, number), why))
-            # Two sources may know the same endpoint; for each port the earlier source's word on weight and state holds.
-            elif (endpoint.address, name, number) not in seen:
-                ports[name] = number
-        seen.update((endpoint.address, name, number) for name, number in ports.items())
-        if ports == dict(endpoint.ports):
-            kept.append(endpoint)
-        elif ports:
-            kept.append(dataclasses.replace(endpoint, ports=MappingProxyType(ports)))
-    return dataclasses.replace(draft.service, endpoints=tuple(kept))
 
 
 def _refused_address(address: str, allow_loopback: bool) -> str:

@@ -1,7 +1,9 @@
 """What the agent tells workers of a mesh, as bytes. Meshes are large, and mostly what they were before.
 
-Every service travels as text of its own: who has read the same text before takes the service of then, so that a
-change costs what changed, and everything that knows services by identity sees at a glance what did not.
+Every service travels as text of its own, and one that is the same object as before has the same text: packing costs
+what changed. To somebody who knows the mesh before, `pack_change` says only what is different; whoever has read the
+same text before takes the service of then, so that everything which knows services by identity sees at a glance what
+did not change.
 """
 
 from __future__ import annotations
@@ -13,25 +15,58 @@ from typing import Any
 from meshbpf import wire
 from meshbpf.model import Mesh, Service
 
+MOST = 1000  # changed services; from there on the whole mesh is packed
+
 
 def pack(mesh: Mesh, about: dict[str, Any]) -> bytes:
     """The mesh and what else there is to say. Takes long for a large mesh: not for an event loop."""
     rest = wire.encode(replace(mesh, services=()))
-    services = [json.dumps(wire.encode(service), separators=(",", ":")) for service in mesh.services]
-    return json.dumps({**about, "generation": mesh.generation, "mesh": rest, "services": services}).encode()
+    return json.dumps({**about, "generation": mesh.generation, "mesh": rest, "services": wire.texts(mesh)}).encode()
+
+
+def pack_change(last: Mesh, mesh: Mesh, about: dict[str, Any]) -> bytes | None:
+    """What is different from `last`, for who has that; None when it is more than some services."""
+    if len(last.services) != len(mesh.services) or last.policies != mesh.policies:
+        return None
+    changed: dict[int, str] = {}
+    for place, (old, new) in enumerate(zip(last.services, mesh.services, strict=True)):
+        if old is not new:
+            if old.id != new.id or len(changed) == MOST:
+                return None
+            changed[place] = json.dumps(wire.encode(new), separators=(",", ":"))
+    rest = wire.encode(replace(mesh, services=(), policies={}))
+    return json.dumps(
+        {**about, "generation": mesh.generation, "base": last.generation, "mesh": rest, "changed": changed}
+    ).encode()
 
 
 class Reader:
-    """Reads what `pack` gave; remembers the last one's services. One thread at a time."""
+    """Reads what `pack` and `pack_change` gave; remembers the last mesh. One thread at a time."""
 
     def __init__(self) -> None:
+        self._texts: list[str] = []
         self._services: dict[str, Service] = {}
+        self._last = Mesh()
 
     def mesh(self, about: dict[str, Any]) -> Mesh:
-        """Raises KeyError, TypeError or ValueError for what another version has packed."""
+        """Raises KeyError, TypeError or ValueError for what another version has packed, or for a change of a mesh that
+        is not the last one.
+        """
+        rest = wire.decode(Mesh, about["mesh"])
         known = self._services
-        services = {
-            text: known[text] if text in known else wire.decode(Service, json.loads(text)) for text in about["services"]
+        if "base" in about:
+            if about["base"] != self._last.generation:
+                raise ValueError(f"change of generation {about['base']}, but {self._last.generation} is the last one")
+            services = list(self._last.services)
+            for place, text in about["changed"].items():
+                service = services[int(place)] = wire.decode(Service, json.loads(text))
+                known.pop(self._texts[int(place)], None)
+                known[text], self._texts[int(place)] = service, text
+            self._last = replace(rest, services=tuple(services), policies=self._last.policies)
+            return self._last
+        self._texts = about["services"]
+        self._services = {
+            text: known[text] if text in known else wire.decode(Service, json.loads(text)) for text in self._texts
         }
-        self._services = services
-        return replace(wire.decode(Mesh, about["mesh"]), services=tuple(services.values()))
+        self._last = replace(rest, services=tuple(self._services.values()))
+        return self._last

@@ -1,10 +1,10 @@
 """The agent: attach, then stay. Joins sources, dataplane, namespaces, workers, metrics and the API; touches no payload.
 
-Order of starting: listeners (so that a taken port changes nothing), tables, workers; only then are callers led by what
-we have attached. With tables of another layout, workers of an earlier agent and ours know only what hooks of their own
-kind led: so the earlier ones stop accepting before the hooks are replaced, and ours begin after it; callers who come in
-between wait in the listeners' queues. Order of stopping: connect forgets the port (new connections follow
-onProxyDown), workers finish what they have, all goes. Meshes that come meanwhile are `following`'s.
+Order of starting: listeners (so that a taken port changes nothing), tables, workers (which load meanwhile); only then
+are callers led by what we have attached. With tables of another layout, workers of an earlier agent and ours know only
+what hooks of their own kind led: so the earlier ones stop accepting before the hooks are replaced, and ours begin after
+it; callers who come in between wait in the listeners' queues. Order of stopping: connect forgets the port (new
+connections follow onProxyDown), workers finish what they have, all goes. Meshes that come meanwhile are `following`'s.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from loader import dataplane
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
+from meshbpf import wire
 from meshbpf.errors import MeshError
 from meshbpf.model import Mesh
 from meshbpf.runtime import cgroup, orphans
@@ -59,6 +60,7 @@ class Agent:
     def __init__(self, options: Options, mesh: Mesh) -> None:
         self.options = options
         self.totals = Totals()
+        self.attached = asyncio.Event()  # from here on there is a `plane`
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._port = split_listen(mesh.agent.proxy.listen)[1]
@@ -119,10 +121,24 @@ class Agent:
     async def attach(self) -> None:
         """Prepare tables and hooks, and open the tables for writing; the caller holds the lock."""
         mesh = self.following.mesh
-        told = await self.following.about(mesh, layout="", redirect=False)  # they keep their layout, and soon end
-        await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
-        self._prepared = dataplane.prepare(self.options.instance, self.options.cgroups, mesh)
-        self.plane = Dataplane(self.options.instance, self._prepared.layout, mesh.agent.maps)
+        if self._orphans:  # they keep their layout, and soon end
+            told = await self.following.about(mesh, layout="", redirect=False)
+            await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
+        prepared, *others = await asyncio.gather(
+            asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh),
+            self.supervisor.start(self.workers),  # they load what they need while the programs are compiled
+            asyncio.to_thread(wire.texts, mesh),
+            return_exceptions=True,  # what was prepared is known here, whatever else failed
+        )
+        if isinstance(prepared, BaseException):
+            raise prepared
+        self._prepared = prepared
+        for failed in others:
+            if isinstance(failed, BaseException):
+                raise failed
+        self.plane = Dataplane(self.options.instance, prepared.layout, mesh.agent.maps)
+        self.attached.set()
+        self.following.redirect_lack = prepared.lack
         self.following.plane = self.plane
         for served in self.namespaces.served.values():
             self.plane.mark(served.sockets)
@@ -145,7 +161,6 @@ class Agent:
         self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
         mesh = self.following.mesh
         await self.following.tell(mesh)
-        await self.supervisor.start(self.workers)
         if not await self._settled(READY_SECONDS):
             if self.supervisor.refusal:
                 raise MeshError(self.supervisor.refusal)
@@ -160,6 +175,7 @@ class Agent:
         self._scanner = spawn(self._scan(), "scan namespaces")
         self.need(self._scanner)
         self._trial = spawn(self.following.accelerate(), "try acceleration")
+        spawn(self.following.recall(), "recall what the kernel holds")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
             self.options.instance.name, os.getpid(), self.workers, mesh.generation, len(mesh.services),

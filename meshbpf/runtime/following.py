@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from loader import dataplane, selftest
 from loader.dataplane import Dataplane
@@ -57,6 +58,8 @@ class Following:
         self._settled = settled
         self._ignored = mesh.agent
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
+        self.redirect_lack: str | None = None  # as attach found; None: ask the state file
+        self._told: Mesh | None = None  # what the workers were told last
         self._unwritten = False  # the state file is older than the mesh
 
     async def follow(self, meshes: AsyncIterator[Mesh]) -> None:
@@ -91,7 +94,8 @@ class Following:
     async def _note(self) -> None:
         """Write the state file. When that cannot be, say so, for `note_again`: the mesh serves."""
         try:
-            await asyncio.to_thread(dataplane.write_state, self._instance, self.plane.layout, self._cgroups, self.mesh)
+            where = self._instance, self.plane.layout, self._cgroups
+            await asyncio.to_thread(dataplane.write_state, *where, self.mesh, self.redirect_lack)
         except OSError as error:
             self.error = f"the mesh serves, but {self._instance.state_file} is old: {error}"
             log.error("state not written error=%s", error)
@@ -122,20 +126,42 @@ class Following:
         return replace(mesh, agent=kept)
 
     async def tell(self, mesh: Mesh) -> None:
-        """Have the workers serve `mesh`."""
+        """Have the workers serve `mesh`; those that have the one before are told what changed."""
         redirect = self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF
-        self._supervisor.use(mesh.generation, await self.about(mesh, self.plane.layout, redirect))
+        more = self._more(self.plane.layout, redirect)
+        last, self._told = self._told, mesh
+        change = about.pack_change(last, mesh, more) if last is not None else None
+
+        def pack() -> bytes:
+            return about.pack(mesh, more)
+
+        if last is None or change is None:
+            packed = await asyncio.to_thread(pack)
+            self._supervisor.use(mesh.generation, lambda: packed)
+        else:
+            self._supervisor.use(mesh.generation, pack, change, last.generation)
 
     async def about(self, mesh: Mesh, layout: str, redirect: bool) -> bytes:
         """All that a worker has to know."""
+        return await asyncio.to_thread(about.pack, mesh, self._more(layout, redirect))
+
+    def _more(self, layout: str, redirect: bool) -> dict[str, Any]:
+        """… besides the mesh."""
         home = next(s for s in self._namespaces.served.values() if s.identity == self._namespaces.home)
-        more = {
+        return {
             "layout": layout,
             "cgroups": [str(path) for path in self._cgroups],
             "cookie": home.cookie,
             "redirect": redirect,
         }
-        return await asyncio.to_thread(about.pack, mesh, more)
+
+    async def recall(self) -> None:
+        """Plan once what the kernel holds already, so that the first change costs no more than the later ones."""
+        async with self._applying:
+            try:
+                await asyncio.to_thread(self.plane.apply, self.mesh)
+            except (MeshError, OSError) as error:
+                log.warning("the kernel's tables could not be read again error=%s", error)
 
     async def accelerate(self) -> None:
         """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).

@@ -10,14 +10,16 @@ from pathlib import Path
 
 from aiohttp import web
 
+from meshbpf import garbage
+from meshbpf.model import Agent as AgentSettings
 from meshbpf.model import Mesh
 from meshbpf.registry.embedded import EmbeddedSource
+from meshbpf.registry.file import FileSource, read
 from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api, notify
 from meshbpf.runtime.agent import Agent, Options, split_listen
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
-from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 from userspace_proxy import accesslog
 
@@ -32,7 +34,9 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
     """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
     # Before anything that takes time: unhandled, the signal would end us. What is read below is new anyway.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
-    configured = load(paths)
+    garbage.rarely()
+    content, said = read(paths)
+    configured = Mesh(said.agent or AgentSettings(), said.services)
     accesslog.check(configured.agent.access_log)
     with options.instance.lock():
         rules = Rules(
@@ -42,7 +46,7 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         )
         embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
         await embedded.start()
-        sources = Sources(paths, embedded, last_generation(options.instance))
+        sources = Sources(FileSource(paths, (content, said)), embedded, last_generation(options.instance))
         watchers = sources.start()
         mesh = await sources.first()
         agent = Agent(options, mesh)

@@ -45,6 +45,7 @@ class Metrics:
         return None if agent.ready else f"{agent.supervisor.ready} of {agent.workers} workers serve the newest mesh"
 
     async def _page(self, accept: str) -> tuple[bytes, str]:
+        await self._agent.attached.wait()
         stats = self._agent.totals.merged(time.monotonic())
         sources = self._sources.report()
         return await asyncio.to_thread(self._render, accept, self._agent.following.mesh, stats, sources)

@@ -136,7 +136,8 @@ async def keep_up(instance: Instance, mesh: Mesh, cgroups: Sequence[Path]) -> bo
     found = await greet(instance)
     if not found:
         return True
-    told = about.pack(mesh, {"layout": "", "cgroups": [str(path) for path in cgroups], "cookie": 0, "redirect": False})
+    more = {"layout": "", "cgroups": [str(path) for path in cgroups], "cookie": 0, "redirect": False}
+    told = about.pack(mesh, more)
     took = await asyncio.gather(*(orphan.use(told) for orphan in found))
     for orphan in found:
         orphan.leave()

@@ -8,7 +8,7 @@ whichever does not fit any more is left out alone. Pure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
 from loader.plan import TABLES, carried, shares
@@ -52,6 +52,34 @@ def _rows(service: Service) -> tuple[Counter[str], set[tuple[str, int]]]:
         named.update((endpoint.address, endpoint.ports[port.name]) for endpoint in known)
         rows.update(services=len(keys), policies=1, slots=sum(shares(ready)))
     return rows, named
+
+
+class Fitter:
+    """Fits mesh after mesh; counts again only what changed, and looks closely only when the sum of all is too much."""
+
+    def __init__(self) -> None:
+        self._most: dict[int, tuple[Service, tuple[int, ...]]] = {}
+
+    def fit(self, mesh: Mesh, files: Sequence[Service], sizes: MapSizes, name: str) -> tuple[Mesh, list[Problem]]:
+        """As `fit`; `files` are the services as the files, a source called `name`, have them."""
+        known, self._most = self._most, {}
+        for service in mesh.services:
+            self._most[id(service)] = known.get(id(service)) or (service, _most(service))
+        counted = [most for _service, most in self._most.values()]
+        sums = [sum(column) for column in zip(*counted, strict=True)]
+        if all(rows <= getattr(sizes, table) for table, rows in zip(TABLES, sums, strict=False)) and (
+            max((most[TABLES.index("slots")] for most in counted), default=0) <= MAX_SLOTS
+        ):
+            return mesh, []
+        places = {endpoint.source for service in files for endpoint in service.endpoints} | {name}
+        return fit(mesh, {service.id for service in files}, sizes, places)
+
+
+def _most(service: Service) -> tuple[int, ...]:
+    """Rows of each of TABLES that the service takes when it shares nothing with others."""
+    rows, named = _rows(service)
+    rows["endpoints"] = len(named)
+    return tuple(rows[table] for table in TABLES)
 
 
 def fit(

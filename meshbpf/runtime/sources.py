@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loader.instance import Instance
+from meshbpf import garbage
 from meshbpf.model import EmbeddedRegistry, MapSizes, Mesh
 from meshbpf.registry import merge
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource
+from meshbpf.registry.instance import ServiceId
 from meshbpf.registry.store import Store
 from meshbpf.runtime import room
 from meshbpf.schema.files import load
@@ -36,14 +38,17 @@ class Known:
 class Sources:
     """`first` waits for every source's first word, then `meshes` yields each different mesh that follows."""
 
-    def __init__(self, paths: Sequence[Path], embedded: EmbeddedSource, generation: int) -> None:
-        self.files = FileSource(paths)
+    def __init__(self, files: FileSource, embedded: EmbeddedSource, generation: int) -> None:
+        self.files = files
         self.embedded = embedded
         self._known = [Known(self.files), Known(embedded)]
         self._news = asyncio.Event()
         self._generation = generation
         self._problems: tuple[str, ...] = ()
         self._sizes: MapSizes | None = None
+        self._merger = merge.Merger()
+        self._fitter = room.Fitter()
+        self._given: tuple[merge.Wanted, dict[ServiceId, str]] | None = None
         self.crowded = ""  # what of the newest mesh has no room
 
     def start(self) -> list[asyncio.Task[None]]:
@@ -82,12 +87,11 @@ class Sources:
     async def _merged(self) -> Mesh:
         snapshots = [known.snapshot for known in self._known if known.snapshot is not None]
         self._generation += 1
-        merged = await united(snapshots, self.embedded.registrar.store, self._generation)
+        merged = await self._united(snapshots)
         self._sizes = self._sizes or merged.mesh.agent.maps  # the tables are made once
         files = self._known[0].snapshot
         services = files.services if files is not None else ()
-        places = {endpoint.source for service in services for endpoint in service.endpoints} | {self.files.name}
-        mesh, crowded = room.fit(merged.mesh, {service.id for service in services}, self._sizes, places)
+        mesh, crowded = self._fitter.fit(merged.mesh, services, self._sizes, self.files.name)
         told = tuple(f"service={p.service} what={p.what} why={p.why}" for p in (*merged.problems, *crowded))
         for problem in told:
             if problem not in self._problems:
@@ -95,6 +99,18 @@ class Sources:
         self._problems = told
         self.crowded = "; ".join(f"{p.service} left out: {p.what} {p.why}" for p in crowded)
         return mesh
+
+    async def _united(self, snapshots: Sequence[Snapshot]) -> merge.Merged:
+        """The mesh of all snapshots, every service that names no address with its own of the pool, which the store
+        keeps.
+        """
+        with garbage.paused():
+            wanted = self._merger.wanted(snapshots)
+        if self._given is None or self._given[0] is not wanted:
+            store = self.embedded.registrar.store
+            self._given = (wanted, await store.addresses(*wanted) if wanted.services else {})
+        with garbage.paused():
+            return self._merger.mesh(snapshots, self._given[1], self._generation)
 
     def report(self) -> list[dict[str, Any]]:
         """What `status` shows of every source."""
@@ -110,13 +126,6 @@ class Sources:
         ]
 
 
-async def united(snapshots: Sequence[Snapshot], store: Store, generation: int) -> merge.Merged:
-    """The mesh of all snapshots, every service that names no address with its own of the pool, which `store` keeps."""
-    wanted = merge.wanted(snapshots)
-    given = await store.addresses(*wanted) if wanted.services else {}
-    return merge.mesh(snapshots, given, generation)
-
-
 async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
     """The mesh of the files alone, for `attach`. Raises ConfigErrors."""
     configured = load(paths)
@@ -126,7 +135,8 @@ async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
         return merge.mesh([snapshot], {}, generation).mesh
     await store.open()
     try:
-        return (await united([snapshot], store, generation)).mesh
+        given = await store.addresses(*merge.wanted([snapshot]))
+        return merge.mesh([snapshot], given, generation).mesh
     finally:
         await store.close()
 

@@ -38,7 +38,9 @@ class Handle:
     number: int
     process: asyncio.subprocess.Process
     channel: Channel | None = None
-    generation: int = -1
+    told: int = -1  # the generation that was sent to it last
+    begun: bool = False  # it has a mesh, so it can listen
+    generation: int = -1  # … and that it serves
     trouble: str = ""  # what of the newest mesh it could not follow
     refused: str = ""  # why it does not serve the newest mesh at all
     started: float = 0.0
@@ -55,8 +57,8 @@ class Supervisor:
         self._report = report
         self._changed = changed
         self._handles: dict[int, Handle] = {}
-        self._about: bytes | None = None
-        self._wanted = 0  # the newest mesh's generation
+        self._pack: Callable[[], bytes] | None = None  # the newest mesh, as a whole
+        self._wanted = 0  # its generation
         self._served: dict[int, Served] = {}
         self._deaths: dict[int, int] = {}
         self._stopping = False
@@ -84,13 +86,23 @@ class Supervisor:
     def pids(self) -> list[int]:
         return [handle.process.pid for handle in self._handles.values()]
 
-    def use(self, generation: int, about: bytes) -> None:
-        """Every worker, also one started later, gets this mesh (see about.py)."""
-        self._wanted, self._about = generation, about
+    def use(self, generation: int, pack: Callable[[], bytes], change: bytes | None = None, base: int = -1) -> None:
+        """Every worker, also one started later, gets this mesh (see about.py): `change`, if there is one, who was last
+        told the generation `base`, and all of it, as `pack` gives it, whoever was not.
+        """
+        self._wanted, self._pack = generation, pack
+        whole = None
         for handle in self._handles.values():
             handle.refused = ""
-            if handle.channel is not None:
-                handle.channel.send({"type": "mesh"}, blob=about)
+            if handle.channel is None:
+                continue
+            if change is not None and handle.told == base:
+                handle.channel.send({"type": "mesh", "change": True}, blob=change)
+            else:
+                whole = whole or pack()
+                handle.channel.send({"type": "mesh"}, blob=whole)
+            handle.told = generation
+            self._begin(handle)
 
     def listen(self, served: Served) -> None:
         self._served[served.cookie] = served
@@ -109,6 +121,7 @@ class Supervisor:
                 handle.channel.send({"type": "reopen"})
 
     async def start(self, workers: int) -> None:
+        """Start them; without a mesh they wait for one."""
         for number in range(workers):
             await self._start(number)
         spawn(self._look_after(), "look for workers that hang")
@@ -133,19 +146,29 @@ class Supervisor:
             start_new_session=True,  # a Ctrl-C is for the agent, which then drains us
         )  # fmt: skip
         theirs.close()
-        handle = Handle(number, process, started=time.monotonic())
+        about, told = None, -1
+        while self._pack is not None and told != self._wanted:
+            told = self._wanted
+            about = await asyncio.to_thread(self._pack)
+        handle = Handle(number, process, told=told, started=time.monotonic())
         handle.channel = Channel(ours, lambda message, fds: self._receive(handle, message, fds), lambda: None)
         self._handles[number] = handle
-        if self._about is not None:
-            handle.channel.send({"type": "mesh"}, blob=self._about)
-            for served in self._served.values():
-                self._send_listener(handle, served)
+        if about is not None:
+            handle.channel.send({"type": "mesh"}, blob=about)
+            self._begin(handle)
         if self._stopping:
             handle.channel.send({"type": "drain", "seconds": 0.0})
         spawn(self._watch(handle), f"watch worker {number}")
 
+    def _begin(self, handle: Handle) -> None:
+        """The first mesh is sent: what it shall listen on comes after it."""
+        if not handle.begun:
+            handle.begun = True
+            for served in self._served.values():
+                self._send_listener(handle, served)
+
     def _send_listener(self, handle: Handle, served: Served) -> None:
-        if handle.channel is not None:
+        if handle.channel is not None and handle.begun:
             fds = [served.fd, *(sock.fileno() for sock in served.sockets)]
             handle.channel.send({"type": "listen", "netns": served.cookie}, fds)
 
@@ -160,7 +183,7 @@ class Supervisor:
             self._changed()
         elif kind == "refused":
             # Half of it may be in use by now: no word of an earlier mesh holds any more.
-            handle.generation = -1
+            handle.generation = handle.told = -1
             if message["generation"] == self._wanted:
                 handle.refused = message["why"]
                 self._changed()

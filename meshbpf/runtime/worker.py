@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import uvloop
 
 from loader.instance import Instance
-from meshbpf import logs
+from meshbpf import garbage, logs
 from meshbpf.model import Mesh
 from meshbpf.runtime import netns
 from meshbpf.runtime.about import Reader
@@ -48,7 +47,7 @@ class Worker:
         self._draining = False
         self._drain_seconds = 0.0
         self._reader = Reader()
-        self._newest: Blob | None = None  # the newest mesh, unread
+        self._unread: list[Blob] = []  # the newest whole mesh, and changes of it, oldest first
         self._following: asyncio.Task[None] | None = None
 
     async def run(self, first: socket.socket) -> None:
@@ -97,10 +96,12 @@ class Worker:
     def _receive(self, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["type"]
         if kind == "mesh":
-            self._newest = newest = message["blob"]
+            if not message.get("change"):
+                self._unread.clear()
+            self._unread.append(message["blob"])
             if self._serving is None:  # nobody waits yet, and what comes next builds on it
-                about, self._newest = newest.read(), None
-                with self._refusing(about):
+                about = self._unread.pop().read()
+                with self._refusing(about), garbage.paused():
                     self._use(self._reader.mesh(about), about)
             elif self._following is None or self._following.done():
                 self._following = spawn(self._follow(), "follow")
@@ -125,9 +126,8 @@ class Worker:
 
     async def _follow(self) -> None:
         """Read the newest mesh in a thread, since a large one takes longer than callers may wait; then use it."""
-        while self._newest is not None:
-            newest, self._newest = self._newest, None
-            about = await asyncio.to_thread(newest.read)
+        while self._unread:
+            about = await asyncio.to_thread(self._unread.pop(0).read)
             with self._refusing(about):
                 self._use(await asyncio.to_thread(self._reader.mesh, about), about)
 
@@ -205,10 +205,7 @@ def main() -> None:
     first = socket.socket(fileno=fd)
     netns.Own.fd()
 
-    # What is imported lives as long as we do, and the data path makes few cycles: look for them rarely.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    garbage.rarely()
 
     async def serve() -> None:
         await Worker(Instance(name)).run(first)

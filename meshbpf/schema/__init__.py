@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meshbpf import yamlpos
+from meshbpf import garbage, yamlpos
 from meshbpf.model import Agent, Service, ServicePolicy
-from meshbpf.schema import agent, checks, later, policy, service
+from meshbpf.schema import agent, checks, jsontext, later, ordinary, policy, service
 from meshbpf.schema.fields import Fields, meant, shown
 from meshbpf.schema.report import ConfigErrors, Report
+from meshbpf.schema.service import API_VERSION
 
 __all__ = ["API_VERSION", "ConfigErrors", "Parsed", "parse"]
 
-API_VERSION = "meshbpf.io/v1"
 _KINDS = ("Agent", "Service", "ServicePolicy")
 
 
@@ -40,17 +40,30 @@ class _Found:
 
 
 def parse(texts: Sequence[tuple[str, str]]) -> Parsed:
-    """All documents of all (file, text) pairs. Raises `ConfigErrors` with every fault, in the order of the files."""
+    """All documents of all (file, text) pairs. Raises `ConfigErrors` with every fault, in the order of the files.
+
+    What is in order is read quickly, without knowing where everything stands; after a fault all is read carefully.
+    """
+    with garbage.paused():
+        try:
+            return _parse(texts, quick=True)
+        except ConfigErrors:
+            return _parse(texts, quick=False)
+
+
+def _parse(texts: Sequence[tuple[str, str]], *, quick: bool) -> Parsed:
     report = Report([file for file, _ in texts])
     found = _Found()
     for file, text in texts:
-        content = yamlpos.read(file, text)
-        for fault in content.faults:
-            report.add(fault.at, fault.message)
-            found.complete = False
-        for document in content.documents:
-            if document.value is not None:
-                _document(document, report, found)
+        pieces = jsontext.read(text) if quick else None
+        if pieces is None:
+            _content(yamlpos.read(file, text), report, found, quick=quick)
+            continue
+        for piece in pieces:
+            if read := ordinary.read(piece.value, yamlpos.Mark(file, piece.line, piece.column)):
+                found.services.append(read)
+            else:
+                _content(yamlpos.read(file, piece.text, piece.first_line), report, found, quick=False)
     checks.check(found.agents, found.services, found.policies, report, complete=found.complete)
     report.raise_any()
     return Parsed(
@@ -62,6 +75,17 @@ def parse(texts: Sequence[tuple[str, str]]) -> Parsed:
             sorted((item.policy for item in found.policies), key=lambda item: (item.namespace, item.service)),
         ),
     )
+
+
+def _content(content: yamlpos.Text, report: Report, found: _Found, *, quick: bool) -> None:
+    for fault in content.faults:
+        report.add(fault.at, fault.message)
+        found.complete = False
+    for document in content.documents:
+        if quick and (read := ordinary.read(document.value, document.at)):
+            found.services.append(read)
+        elif document.value is not None:
+            _document(document, report, found)
 
 
 def _document(document: yamlpos.Document, report: Report, found: _Found) -> None:

@@ -7,6 +7,7 @@ own ports (the mesh would call itself); addresses are compared in their canonica
 from __future__ import annotations
 
 import ipaddress
+import re
 from functools import lru_cache
 
 from meshbpf.model import Agent, Protocol
@@ -19,12 +20,17 @@ OWN_PORTS = frozenset({15001, 15006, 15010, 15020})
 # Cloud metadata and platform services outside of link-local: AWS (IPv6), GCP (IPv6), Alibaba, Oracle, Azure.
 _METADATA = frozenset({"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"})
 
-# A merge asks the same of every endpoint again, on the agent's loop; parsing an address is most of its cost.
+# Every merge asks the same of every endpoint, and parsing an address is most of the cost: IPv4 is told by its text.
+_BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_BYTE}(\.{_BYTE}){{3}}", re.ASCII)
+_SUSPECT = re.compile(r"0\.|169\.254\.|2(2[4-9]|3[0-9])\.|255\.", re.ASCII)  # what `_unusable` has to look at
 _remembered = lru_cache(maxsize=65536)
 
 
 def canonical(text: str) -> str:
     """The one spelling of an IP address. ValueError says what is wrong, to follow "must be"."""
+    if _IPV4.fullmatch(text):
+        return text
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -37,9 +43,15 @@ def canonical(text: str) -> str:
     return str(address)
 
 
-@_remembered
 def unusable(address: str) -> str:
     """Why no service and no endpoint may have this canonical address; empty when it may."""
+    if ":" in address or address in _METADATA or _SUSPECT.match(address):
+        return _unusable(address)
+    return ""
+
+
+@_remembered
+def _unusable(address: str) -> str:
     ip = ipaddress.ip_address(address)
     if address in _METADATA or address == "169.254.169.254":
         return "a metadata address of the platform"
@@ -54,9 +66,9 @@ def unusable(address: str) -> str:
     return ""
 
 
-@_remembered
 def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
+    """Whether this canonical address is one of this machine's own."""
+    return address.startswith("127.") or address == "::1"
 
 
 def split(listen: str) -> tuple[str, int]:
@@ -93,6 +105,12 @@ def listeners(agent: Agent) -> tuple[tuple[str, str, int], ...]:
         ("admin.listen", *split(agent.admin.listen)),
         *(("registries.embedded.listen", *split(registry.listen)) for registry in agent.registries),
     )
+
+
+@lru_cache(maxsize=16)
+def suspect_ports(agent: Agent) -> frozenset[int]:
+    """Only an endpoint with one of these ports can be `our_port`."""
+    return OWN_PORTS | {port for _field, _host, port in listeners(agent)}
 
 
 def our_listener(address: str, port: int, agent: Agent) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshbpf.model import Agent, Protocol
+from meshbpf.model import Agent
 from meshbpf.schema import addresses
 from meshbpf.schema.agent import AgentDocument
 from meshbpf.schema.fields import meant
 from meshbpf.schema.policy import PolicyDocument
 from meshbpf.schema.report import Report
-from meshbpf.schema.service import ServiceDocument
+from meshbpf.schema.service import EndpointDocument, ServiceDocument
 
 ServicePlaces = dict[tuple[str, str, int], ServiceDocument]
 
@@ -53,29 +53,38 @@ def _addresses(services: Sequence[ServiceDocument], agent: Agent, report: Report
         service = document.service
         for address, at in zip(service.addresses, document.addresses_at, strict=True):
             for port in service.ports:
-                place = addresses.joined(address, port.port)
                 if ours := addresses.our_listener(address, port.port, agent):
+                    place = addresses.joined(address, port.port)
                     report.add(at, f"{place} of service {service.label} is {ours}: use another address or port")
                     continue
                 owner = taken.setdefault((address, addresses.layer4(port.protocol), port.port), document)
                 if owner.service.id != service.id:
+                    place = addresses.joined(address, port.port)
                     other = f"is also service {owner.service.label} at {owner.at}"
                     report.add(at, f"{place} of service {service.label} {other}: change the address or the port")
     return taken
 
 
 def _endpoints(services: Sequence[ServiceDocument], agent: Agent, taken: ServicePlaces, report: Report) -> None:
+    suspect = addresses.suspect_ports(agent)
     for document in services:
-        protocols = {port.name: port.protocol for port in document.service.ports}
-        for endpoint, places in ((item.endpoint, item.ports_at) for item in document.endpoints):
-            for name, number in endpoint.ports.items():
-                place = addresses.joined(endpoint.address, number)
-                if ours := addresses.our_port(endpoint.address, number, agent):
-                    report.add(places[name], f"endpoint {place} is {ours}: an endpoint must be a server of yours")
-                layer4 = addresses.layer4(protocols.get(name, Protocol.TCP))
-                if (owner := taken.get((endpoint.address, layer4, number))) is not None:
-                    loop = f"endpoint {place} is the address of service {owner.service.label} ({owner.at})"
-                    report.add(places[name], f"{loop}: name the servers behind it instead")
+        layers = {port.name: addresses.layer4(port.protocol) for port in document.service.ports}
+        for item in document.endpoints:
+            address = item.endpoint.address
+            for name, number in item.endpoint.ports.items():
+                ours = addresses.our_port(address, number, agent) if number in suspect else ""
+                owner = taken.get((address, layers.get(name, "tcp"), number))
+                if ours or owner:
+                    _looped(item, name, ours, owner, report)
+
+
+def _looped(item: EndpointDocument, name: str, ours: str, owner: ServiceDocument | None, report: Report) -> None:
+    place = addresses.joined(item.endpoint.address, item.endpoint.ports[name])
+    if ours:
+        report.add(item.ports_at[name], f"endpoint {place} is {ours}: an endpoint must be a server of yours")
+    if owner is not None:
+        loop = f"endpoint {place} is the address of service {owner.service.label} ({owner.at})"
+        report.add(item.ports_at[name], f"{loop}: name the servers behind it instead")
 
 
 def _policies(

@@ -20,7 +20,7 @@ from meshbpf.yamlpos import Map, Mark, Seq
 
 E = TypeVar("E", bound=StrEnum)
 
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 _INDEX = re.compile(r"\[[0-9]+\]")
 
 
@@ -118,7 +118,7 @@ class Fields:
     def label(self, key: str, default: str = "") -> str:
         """A name by RFC 1123: what DNS and Kubernetes take as one label."""
         text = self.text(key, default)
-        if self.has(key) and isinstance(self._map[key], str) and _LABEL.fullmatch(text) is None:
+        if self.has(key) and isinstance(self._map[key], str) and LABEL.fullmatch(text) is None:
             self.wrong(key, "a DNS label (a-z, 0-9 and -, at most 63)")
             return default
         return text

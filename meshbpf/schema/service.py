@@ -11,9 +11,10 @@ from meshbpf.schema import addresses
 from meshbpf.schema.fields import Fields, meant, shown
 from meshbpf.yamlpos import Mark
 
-_LARGEST_WEIGHT = 10_000
-_LARGEST_PORT = 65_535
-_HOST = ("127.0.0.1", "::1")  # programs call their own helpers there; who calls a service would take those away
+API_VERSION = "meshbpf.io/v1"
+LARGEST_WEIGHT = 10_000
+LARGEST_PORT = 65_535
+HOST = ("127.0.0.1", "::1")  # programs call their own helpers there; who calls a service would take those away
 _REMEDY = f"use one of {Agent().address_pool}, or leave addresses out and the pool gives one"
 
 
@@ -64,7 +65,7 @@ def _addresses(spec: Fields) -> list[tuple[str, Mark]]:
     for path, value, at in spec.items("addresses"):
         if (address := _address(path, value, at, spec)) is None:
             continue
-        if address in _HOST:
+        if address in HOST:
             spec.report.add(at, f"{path} {address} is this host itself: {_REMEDY}")
             continue
         if address in found:
@@ -95,7 +96,7 @@ def _ports(spec: Fields) -> tuple[Port, ...]:
         spec.wrong("ports", "a list of at least one port")
     for item in spec.mappings("ports"):
         name = item.label("name") if item.required("name", "the port's name, for example http") else ""
-        number = item.whole("port", 0, 1, _LARGEST_PORT) if item.required("port", "the port's number") else 0
+        number = item.whole("port", 0, 1, LARGEST_PORT) if item.required("port", "the port's number") else 0
         protocol = item.word("protocol", Protocol.TCP)
         if not name or not number:
             continue
@@ -120,7 +121,7 @@ def _endpoints(spec: Fields, ports: tuple[Port, ...]) -> tuple[EndpointDocument,
         if item.required("address", "the endpoint's IP address"):
             address = _address(item.name("address"), item.value("address"), item.where("address"), item)
         numbers, places = _endpoint_ports(item, known)
-        weight = item.whole("weight", Endpoint("", {}).weight, 0, _LARGEST_WEIGHT)
+        weight = item.whole("weight", Endpoint("", {}).weight, 0, LARGEST_WEIGHT)
         zone = item.text("zone")
         labels = item.labels("labels")
         if address is None:
@@ -146,8 +147,8 @@ def _endpoint_ports(item: Fields, known: list[str]) -> tuple[Mapping[str, int], 
         # Without any good port of the service there is nothing to compare with, and its own error says enough.
         if known and name not in known:
             item.report.add(key_at, f"{path} is not a port of the service: {meant(name, known)}")
-        elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_PORT:
-            item.report.add(at, f"{path} must be a port number from 1 to {_LARGEST_PORT}, got {shown(value)}")
+        elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_PORT:
+            item.report.add(at, f"{path} must be a port number from 1 to {LARGEST_PORT}, got {shown(value)}")
         else:
             numbers[name] = value
             places[name] = at

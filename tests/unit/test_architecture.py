@@ -35,7 +35,7 @@ MAY_IMPORT = {
 }
 PURE = (
     "meshbpf.model", "meshbpf.carrier", "meshbpf.reason", "meshbpf.wire", "meshbpf.schema", "meshbpf.policy",
-    "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.plan", "loader.diff",
+    "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.plan", "loader.planner", "loader.diff",
 )  # fmt: skip
 CLOCKS_DICE_AND_WIRES = {
     "asyncio", "logging", "multiprocessing", "random", "secrets", "select", "signal", "socket", "subprocess",

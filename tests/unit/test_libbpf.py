@@ -34,6 +34,48 @@ class Kernel:
         return 0
 
 
+class Hash(Kernel):
+    """Holds rows of four and four bytes; `batches` False: as kernels before 5.6 answer; no row after `room` of them."""
+
+    def __init__(self, batches: bool = True, room: int = 1000) -> None:
+        super().__init__()
+        self.rows: dict[bytes, bytes] = {}
+        self.batches, self.room, self.calls = batches, room, 0
+
+    def _fails(self, number: int) -> int:
+        ct.set_errno(number)
+        return -number
+
+    def bpf_map_update_elem(self, _fd: int, key: bytes, value: bytes, _flags: Any) -> int:
+        self.calls += 1
+        if key not in self.rows and len(self.rows) == self.room:
+            return self._fails(errno.E2BIG)
+        self.rows[key] = value
+        return 0
+
+    def bpf_map_delete_elem(self, _fd: int, key: bytes) -> int:
+        self.calls += 1
+        return self._fails(errno.ENOENT) if self.rows.pop(key, None) is None else 0
+
+    def _batch(self, count: Any, one: Any) -> int:
+        if not self.batches:
+            return self._fails(errno.EINVAL)
+        before, asked = self.calls, count._obj.value
+        for count._obj.value in range(asked):
+            if failed := one(4 * count._obj.value):
+                break
+        else:
+            failed, count._obj.value = 0, asked
+        self.calls = before + 1
+        return failed
+
+    def bpf_map_update_batch(self, fd: int, keys: bytes, values: bytes, count: Any, _options: None) -> int:
+        return self._batch(count, lambda n: self.bpf_map_update_elem(fd, keys[n : n + 4], values[n : n + 4], 0))
+
+    def bpf_map_delete_batch(self, fd: int, keys: bytes, count: Any, _options: None) -> int:
+        return self._batch(count, lambda n: self.bpf_map_delete_elem(fd, keys[n : n + 4]))
+
+
 def table(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> libbpf.Map:
     monkeypatch.setattr(libbpf, "library", lambda: kernel)
     monkeypatch.setattr(libbpf, "get", lambda path: -1)
@@ -87,3 +129,30 @@ def test_a_machine_without_libbpf(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentLack, match="libbpf is missing") as caught:
         libbpf.library.__wrapped__()
     assert "libbpf1" in caught.value.remedy
+
+
+def numbered(count: int) -> list[tuple[bytes, bytes]]:
+    return [(n.to_bytes(4, "little"), (n + 7).to_bytes(4, "big")) for n in range(count)]
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_many_rows_come_and_go_with_or_without_batches(monkeypatch: pytest.MonkeyPatch, batches: bool) -> None:
+    kernel = Hash(batches)
+    slots, rows = table(monkeypatch, kernel), numbered(100)
+    slots.update_many(rows)
+    assert list(kernel.rows.items()) == rows
+    assert kernel.calls == (1 if batches else 100)
+    del kernel.rows[rows[50][0]]  # what is not there does no harm, and those after it go as well
+    slots.delete_many([key for key, _value in rows])
+    assert kernel.rows == {}
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_a_batch_that_meets_a_full_table_names_it(monkeypatch: pytest.MonkeyPatch, batches: bool) -> None:
+    kernel = Hash(batches, room=60)
+    with pytest.raises(MapFull, match="slots is full"):
+        table(monkeypatch, kernel).update_many(numbered(100))
+    assert list(kernel.rows.items()) == numbered(60)
+    slots = table(monkeypatch, kernel)
+    with pytest.raises(ValueError, match="want 4\\+4"):
+        slots.update_many([*numbered(2), (b"", b"")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from meshbpf.model import (
     AdminSettings,
@@ -19,7 +21,8 @@ from meshbpf.model import (
     ServicePolicy,
 )
 from meshbpf.registry.base import Snapshot
-from meshbpf.registry.merge import Problem, mesh, policies, wanted
+from meshbpf.registry.merge import Merger, Problem, mesh, policies, wanted
+from tests.support.meshes import endpoints, meshes
 
 HTTP = Port("http", 80, Protocol.HTTP)
 ORDERS = Service("orders", addresses=("127.96.0.10",), ports=(HTTP,), source="mesh.yaml:3:18")
@@ -201,3 +204,42 @@ def test_what_a_store_is_asked_for() -> None:
     assert (str(asked.pool), asked.avoid) == ("127.96.0.0/16", frozenset({"127.96.0.10"}))
     merged = mesh([Snapshot((ORDERS,)), registry(carts)], {("carts", "shop"): "127.96.7.7"})
     assert merged.mesh.services[1].addresses == ("127.96.7.7",)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[list[Snapshot]]:
+    """What two sources say, again and again; mostly the same services with other endpoints."""
+    found: list[list[Snapshot]] = []
+    for _ in range(draw(st.integers(2, 5))):
+        said = []
+        for rank, name in enumerate(("files", "registry")):
+            if found and draw(st.booleans()):
+                said.append(found[-1][rank])
+                continue
+            services = found[-1][rank].services if found and draw(st.booleans()) else draw(meshes()).services
+            services = tuple(
+                replace(service, endpoints=tuple(draw(st.lists(endpoints, max_size=3))))
+                if draw(st.booleans())
+                else service
+                for service in services
+            )
+            if rank and draw(st.booleans()):
+                services = tuple(replace(service, addresses=(), ports=()) for service in services)
+            said.append(Snapshot(services, source=name, allow_loopback=not rank or draw(st.booleans())))
+        found.append(said)
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(histories())
+def test_merging_again_gives_what_merging_anew_gives(history: list[list[Snapshot]]) -> None:
+    merger, held = Merger(), {("a", "default"): "127.96.0.9"}
+    last: list[Snapshot] = []
+    for number, snapshots in enumerate(history):
+        again, anew = merger.mesh(snapshots, held, number), mesh(snapshots, held, number)
+        assert again == anew
+        assert merger.wanted(snapshots) == wanted(snapshots)
+        if snapshots == last:
+            before = merger.mesh(snapshots, held, number).mesh.services
+            assert all(one is other for one, other in zip(before, again.mesh.services, strict=True))
+        last, held = snapshots, dict(anew.given)

@@ -93,13 +93,13 @@ def supervised() -> tuple[Supervisor, Handle, list[str]]:
 
 def test_the_supervisor_remembers_a_refusal_until_another_mesh_comes() -> None:
     supervisor, handle, changes = supervised()
-    supervisor.use(2, b"")
+    supervisor.use(2, bytes)
     supervisor._receive(handle, {"type": "using", "generation": 2, "trouble": ""}, [])
     assert supervisor.ready == 1
     supervisor._receive(handle, {"type": "refused", "generation": 2, "why": "poison"}, [])
     assert supervisor.refusal == "worker 7 cannot follow: poison"
     assert (supervisor.ready, len(changes)) == (0, 2)
-    supervisor.use(1, b"")
+    supervisor.use(1, bytes)
     assert supervisor.refusal == ""
     supervisor._receive(handle, {"type": "using", "generation": 1, "trouble": ""}, [])
     assert supervisor.ready == 1
@@ -155,7 +155,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Followed:
     made.plane = cast(Dataplane, plane)
 
     async def tell(mesh: Mesh) -> None:
-        workers.use(mesh.generation, b"")
+        workers.use(mesh.generation, bytes)
 
     monkeypatch.setattr(made, "tell", tell)
     return Followed(made, plane, workers)

@@ -1,0 +1,78 @@
+"""What `meshbpf status` prints, to the letter: a table that is nearly full is said before it refuses a mesh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loader.instance import Instance
+from meshbpf.cli import read
+from meshbpf.model import Agent, Endpoint, MapSizes, Mesh, Port, Protocol, Service
+from tests.support.plane import FakeMap, attached
+
+SERVICES = tuple(
+    Service(
+        f"s{n}",
+        addresses=(f"127.96.0.{n}",),
+        ports=(Port("main", 80, Protocol.TCP),),
+        endpoints=(Endpoint(f"127.0.1.{n}", {"main": 1}),),
+    )
+    for n in range(1, 9)
+)
+SIZES = MapSizes(services=16, policies=16, slots=10, endpoints=11, flows=4)
+MESH = Mesh(Agent(maps=SIZES), SERVICES, generation=7)
+
+
+def said(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, list[str]]:
+    """The text, and the warnings of `-o json`."""
+    monkeypatch.setattr("loader.instance.RUN", tmp_path)
+    instance = Instance("unit")
+    instance.write_state({"cgroups": ["/nowhere"]})
+    fake, plane = attached(mesh)
+    fake.maps["flows"] = FakeMap({bytes([n]): b"" for n in range(4)})
+    whole = read._status(instance, plane, mesh, None)
+    read._print_status({**whole, "age_seconds": 3.0})
+    return capsys.readouterr().out, whole["warnings"]
+
+
+def test_tables_that_are_nearly_full(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, warnings = said(MESH, monkeypatch, tmp_path, capsys)
+    assert text == (
+        "INSTANCE  unit\n"
+        "CGROUP    /nowhere  (gone: attach again)\n"
+        "MESH      generation 7, 3s old, 8 services\n"
+        "CARRIERS  direct 8\n"
+        "AGENT     not running: governed ports follow onProxyDown\n"
+        "WARNING   map slots is 80.0% full: raise Agent.spec.maps.slots, then attach or run again\n"
+        "\n"
+        "MAP        ENTRIES  CAPACITY  FULL\n"
+        "services   8        16        50.0%\n"
+        "policies   8        16        50.0%\n"
+        "slots      8        10        80.0%\n"
+        "endpoints  8        11        72.7%\n"
+        "flows      4        4         100.0%\n"
+    )
+    assert warnings == ["map slots is 80.0% full: raise Agent.spec.maps.slots, then attach or run again"]
+
+
+def test_below_that_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roomy = replace(MESH, agent=Agent(maps=replace(SIZES, slots=11)))
+    text, warnings = said(roomy, monkeypatch, tmp_path, capsys)
+    assert "WARNING" not in text and warnings == []
+
+
+def test_the_default_tables_hold_ten_thousand_services_of_ten_endpoints() -> None:
+    sizes = MapSizes()
+    held = {"services": 10_000, "policies": 10_000, "slots": 100_000, "endpoints": 100_000}
+    assert (
+        read._warnings([{"map": name, "entries": n, "capacity": getattr(sizes, name)} for name, n in held.items()])
+        == []
+    )
