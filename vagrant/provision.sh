@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Rule: every system package that meshbpf, its tests or its benchmarks need stands here, and nowhere else.
 #
-#   provision.sh run|test|bench|vm ...     install what is missing of these groups (no apt call when nothing is)
-#   provision.sh list run|test|bench|vm    print the packages of a group, one a line
+#   provision.sh run|test|bench|image|vm ...     install what is missing of these groups (no apt call when nothing is)
+#   provision.sh list run|test|bench|image|vm    print the packages of a group, one a line
 #
 # Debian 12 and Ubuntu 24.04. Installing starts no service. Exit codes: 2 usage, 69 this machine lacks something.
 set -euo pipefail
@@ -33,7 +33,8 @@ list() {
 			printf '%s\n' bpftool
 		fi
 		;;
-	test) printf '%s\n' curl=curl gcc libc6-dev nodejs=node prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk ;;
+	test) printf '%s\n' curl=curl gcc libc6-dev nodejs=node prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk && list image ;;
+	image) printf '%s\n' crun=crun debian-archive-keyring debootstrap=debootstrap podman=podman ;;
 	bench) printf '%s\n' nginx-light=nginx wrk=wrk ;;
 	vm) printf '%s\n' cpio debian-archive-keyring debootstrap qemu-system-x86=qemu-system-x86_64 xz-utils zstd ;;
 	*) usage ;;

@@ -37,7 +37,7 @@ def packages(group: str) -> list[str]:
     return subprocess.run([PROVISION, "list", group], capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.parametrize("group", ["run", "test", "bench", "vm"])
+@pytest.mark.parametrize("group", ["run", "test", "bench", "image", "vm"])
 def test_lists_each_group_as_plain_package_names(group: str) -> None:
     listed = packages(group)
     assert listed
