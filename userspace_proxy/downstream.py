@@ -171,6 +171,8 @@ class Downstream(asyncio.Protocol):
             rest = exchange.feed(data)
             if rest:
                 self._park(rest)
+            elif exchange.whole_request and not exchange.begun:
+                self._asked(exchange)
 
     def _park(self, data: bytes) -> None:
         self._parked = self._parked + data if self._parked else data
@@ -264,9 +266,14 @@ class Downstream(asyncio.Protocol):
         record.protocol = VERSIONS[version]
         exchange = self.exchange = Exchange(self, route, fields, request, record, started)
         rest = exchange.start(data[end + 4 :])
-        if self.shortcut is not None and self.exchange is exchange and exchange.whole_request and not rest:
-            self.shortcut.asked(self.netns, self.transport)  # it is ours still: nothing of an answer is there yet
+        if exchange.whole_request and not rest:
+            self._asked(exchange)
         return rest
+
+    def _asked(self, exchange: Exchange) -> None:
+        """The whole request is here, and nothing behind it."""
+        if self.shortcut is not None and self.exchange is exchange:  # it is ours still: no answer has ended it
+            self.shortcut.asked(self.netns, self.transport)
 
     def _refuse(self, fault: Fault, method: str | None = None, path: str | None = None) -> None:
         """Answer a head that cannot be served, and end the connection: what follows it cannot be trusted."""

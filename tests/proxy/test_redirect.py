@@ -65,6 +65,20 @@ async def test_a_connection_joins_when_it_has_proven_worth_it(bed: Bed) -> None:
     assert table.asked == [(NETNS, host, port, "127.0.0.1", bed.port)]
 
 
+async def test_a_request_whose_body_comes_behind_its_head_counts_as_any(bed: Bed) -> None:
+    """As Python's http.client sends it: two segments, of which we often read the first alone."""
+    table = Table()
+    await bed.serve(await bed.endpoint(), accelerator=table)
+    caller = await bed.caller()
+    for count in range(1, 9):
+        caller.send(b"POST / HTTP/1.1\r\nHost: a\r\ncontent-length: 2\r\n\r\n")
+        await bed.settle(lambda: any(down.exchange is not None for down in bed.proxy._connections))
+        assert not table.log or count > 5  # not before the request is whole
+        await caller.ask(b"xy")
+        await bed.record()
+        assert table.log == (["join"] if count >= 5 else [])
+
+
 async def test_a_refused_connection_asks_ever_more_rarely(bed: Bed) -> None:
     table = Table()
     table.willing = False
