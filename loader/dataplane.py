@@ -18,7 +18,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from loader import abi, btf, compile, environment, libbpf, redirect
+from loader import abi, btf, compile, datagrams, environment, libbpf, redirect
+from loader.datagrams import Serving
 from loader.diff import diff
 from loader.instance import Instance
 from loader.plan import TABLES, Ids, Plan, Tables, plan
@@ -29,7 +30,18 @@ from meshbpf.reason import Reason
 
 log = logging.getLogger("dataplane")
 # hook → attach type, in the order of attaching
-CGROUP_HOOKS = {"getpeername4": 29, "getpeername6": 30, "sockops": 3, "connect4": 10, "connect6": 11}
+CGROUP_HOOKS = {
+    "getpeername4": 29,
+    "getpeername6": 30,
+    "sockops": 3,
+    "release": 34,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
+    "sendmsg4": 14,
+    "sendmsg6": 15,
+    "connect4": 10,
+    "connect6": 11,
+}
 # table → key size, value size, per CPU
 SHAPES: dict[str, tuple[int, int, bool]] = {
     "services": (20, 4, False),
@@ -41,16 +53,22 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "heartbeat": (4, 8, False),
     "flows": (32, 40, False),
     "connections": (4, 32, True),
+    "serving": (8, 4, False),
+    "connected": (8, 40, False),
+    "talks": (32, 40, False),
+    "answers": (32, 20, False),
     "counters": (4, 8, True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an apply did: writes made, and the names of the ids now in the kernel."""
+    """What an apply did: writes made, the names of the ids now in the kernel, and whether an endpoint of a UDP port
+    left: then sockets may be connected to it."""
 
     writes: int
     plan: Plan
+    left: bool = False
 
 
 class Dataplane:
@@ -67,6 +85,7 @@ class Dataplane:
             path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
         self._have: Tables | None = None
+        self._serving = Serving(self.maps["serving"])
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -79,6 +98,8 @@ class Dataplane:
         state.next_service, state.next_endpoint = planned.free.service, planned.free.endpoint
         self.maps["agent"].update(bytes(4), bytes(state))
         self._make_rows(planned)
+        serving = datagrams.serving(planned)
+        self._serving.add(serving)
         writes = 0
         for write in diff(have, planned.tables):
             if write.value is None:
@@ -87,8 +108,9 @@ class Dataplane:
                 self.maps[write.table].update(write.key, write.value)
             writes += 1
         self._drop_rows(planned)
+        left = self._serving.remove(serving)
         self._have = planned.tables
-        return Applied(writes, planned)
+        return Applied(writes, planned, left)
 
     def _make_rows(self, planned: Plan) -> None:
         """Every service id has its round-robin position and its connection counts before a hook can look."""
@@ -176,6 +198,7 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
     yield "folders"
     defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
     defines["NETNS_COOKIES"] = int(cookies)
+    defines["SET_RETVAL"] = int(environment.has_set_retval())
     defines |= {"REDIRECT": int(bool(fields_of_kernel)), "SELFTEST": int(naive), **fields_of_kernel}
     optional = (*redirect.PROGRAMS, *((redirect.NAIVE,) if naive else ())) if fields_of_kernel else ()
     job = compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS), optional)
