@@ -33,7 +33,7 @@ list() {
 			printf '%s\n' bpftool
 		fi
 		;;
-	test) printf '%s\n' curl=curl gcc libc6-dev nodejs=node prometheus=promtool tcpdump=tcpdump wrk=wrk ;;
+	test) printf '%s\n' bind9-dnsutils=dig curl=curl dnsmasq-base=dnsmasq gcc libc6-dev nodejs=node prometheus=promtool tcpdump=tcpdump wrk=wrk ;;
 	bench) printf '%s\n' nginx-light=nginx wrk=wrk ;;
 	vm) printf '%s\n' cpio debian-archive-keyring debootstrap qemu-system-x86=qemu-system-x86_64 xz-utils zstd ;;
 	*) usage ;;

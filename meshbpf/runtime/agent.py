@@ -25,7 +25,7 @@ from loader.events import Events
 from loader.instance import Instance
 from meshbpf.errors import MeshError
 from meshbpf.model import Acceleration, Mesh, ProxySettings
-from meshbpf.runtime import about, cgroup, orphans
+from meshbpf.runtime import about, cgroup, orphans, stranded
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Supervisor
 from meshbpf.tasks import spawn
@@ -90,6 +90,7 @@ class Agent:
         self._needed: list[asyncio.Task[Any]] = []
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
         self._unwritten = False  # the state file is older than the mesh
+        self._left = True  # an endpoint of a UDP port may have left since the last scan
 
     @property
     def ready(self) -> bool:
@@ -203,6 +204,9 @@ class Agent:
             with contextlib.suppress(OSError):
                 await self._tell_workers(self.mesh)
             return
+        if applied.left:
+            self._left = True  # the next scan, too: a connect() may be just reading the tables as they were
+            stranded.end(self.plane.maps)
         self.apply_error = ""
         self.mesh = mesh
         self.applied_at = time.time()
@@ -281,6 +285,9 @@ class Agent:
             try:
                 self._lead_anew()
                 self.namespaces.scan()
+                if self._left:
+                    self._left = False
+                    stranded.end(self.plane.maps)
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
             if self._unwritten:

@@ -7,12 +7,15 @@ import os
 import select
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from loader import abi
 from meshbpf.model import EndpointState, Port, Protocol, Service
+from meshbpf.runtime import netns as runtime_netns
+from meshbpf.runtime import stranded
 from tests.support import netns
 from tests.support.datagrams import Server, client, pass_a_second, reasons, service
 from tests.support.ground import SIZES, Ground, Listener, mesh, reached
@@ -23,6 +26,7 @@ DNS, HERE = (ADDRESS, 53), "127.0.0.1"
 
 @pytest.fixture(scope="module")
 def ground() -> Iterator[Ground]:
+    runtime_netns.Own.fd()  # where the tests begin, before one of them enters another namespace
     with Ground(f"udp-{os.getpid()}") as made:
         yield made
 
@@ -231,6 +235,8 @@ def test_a_retry_reaches_another_endpoint(ground: Ground, servers: list[Server])
         silent = ask(sock, a, b, answered=False)
         assert ask(sock, a, b, answered=False) is silent  # at once: it is one conversation (A and AAAA)
         pass_a_second(ground)
+        with client(ground) as neighbour:  # now it would be the silent one's turn
+            assert ask(neighbour, a, b) is not silent
         assert ask(sock, a, b, answered=False) is not silent
         pass_a_second(ground)
         assert ask(sock, a, b) is silent
@@ -387,3 +393,102 @@ def test_no_endpoint_of_the_family(ground: Ground) -> None:
             sock.send(b"question")
             with pytest.raises(ConnectionRefusedError):
                 sock.recv(100)
+
+
+# --- an endpoint that is gone ----------------------------------------------------------------------------------------
+
+
+def end(ground: Ground) -> int:
+    """In a thread: it comes back to the namespace that the process began in."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(stranded.end, ground.plane.maps).result()
+
+
+def ended(sock: socket.socket) -> bool:
+    """Whether somebody ended the socket; its application is woken up by that."""
+    return bool(select.select([sock], [], [], 0)[0]) and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+
+def alive(sock: socket.socket, server: Server, to: tuple[str, int]) -> bool:
+    sock.send(b"question")
+    server.answer()
+    return sock.recvfrom(100) == (b"answer to question", to)
+
+
+def test_only_sockets_connected_to_the_one_that_left_are_ended(ground: Ground, servers: list[Server]) -> None:
+    a, b, c = servers
+    ground.attach(mesh(service("dns", ADDRESS, a.endpoint()), service("more", OTHER, a.endpoint())))
+    socks = {name: client(ground) for name in ("to a", "blocked", "unconnected", "again", "nowhere", "other service")}
+    socks["by its own address"] = client(ground)
+    socks["outside"] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    for name in ("to a", "blocked", "again", "nowhere"):
+        socks[name].connect(DNS)
+    socks["other service"].connect((OTHER, 53))
+    assert ask(socks["unconnected"], a) is a
+    for name in ("by its own address", "outside"):
+        socks[name].connect((a.address, a.port))
+    socks["again"].connect((c.address, c.port))
+    disconnect(socks["nowhere"])
+    ground.attach(mesh(service("dns", ADDRESS, a.endpoint(), b.endpoint()), service("more", OTHER, a.endpoint())))
+    socks["to b"] = client(ground)
+    while True:
+        socks["to b"].connect(DNS)
+        socks["to b"].send(b"hello")
+        if asked(a, b) is b:
+            break
+
+    assert end(ground) == 0
+    ground.attach(
+        mesh(
+            service("dns", ADDRESS, a.endpoint(state=EndpointState.DRAINING), b.endpoint()),
+            service("more", OTHER, a.endpoint()),
+        )
+    )
+    assert end(ground) == 0
+    ground.attach(mesh(service("dns", ADDRESS, b.endpoint()), service("more", OTHER, a.endpoint())))
+    assert end(ground) == 2
+    for name in ("to a", "blocked"):
+        with pytest.raises(ConnectionAbortedError):
+            socks[name].recv(100)
+    assert {name for name, sock in socks.items() if ended(sock)} == set()
+    assert alive(socks["to b"], b, DNS)
+    assert alive(socks["other service"], a, (OTHER, 53))
+    assert alive(socks["again"], c, (c.address, c.port))
+    for name in ("by its own address", "outside"):
+        socks[name].settimeout(10)
+        assert alive(socks[name], a, (a.address, a.port))
+    assert ask(socks["unconnected"], a, b) is b
+    assert ask(socks["nowhere"], a, b) is b
+    assert end(ground) == 0  # they are still open
+    socks["to a"].connect(DNS)
+    assert alive(socks["to a"], b, DNS)
+    for sock in socks.values():
+        sock.close()
+
+
+def test_a_service_that_is_gone_ends_nobody_whose_endpoint_is_not(ground: Ground, servers: list[Server]) -> None:
+    a, b, _ = servers
+    ground.attach(mesh(service("dns", ADDRESS, a.endpoint()), service("more", OTHER, b.endpoint())))
+    with client(ground) as one, client(ground) as two:
+        one.connect(DNS)
+        two.connect((OTHER, 53))
+        ground.attach(mesh(service("new", "127.96.53.3", a.endpoint())))
+        assert end(ground) == 1
+        assert alive(one, a, DNS)
+        with pytest.raises(ConnectionAbortedError):
+            two.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint"), [(SIX, "::1"), (SIX, "127.0.0.1"), (f"::ffff:{ADDRESS}", "127.0.0.1")]
+)
+def test_ipv6_sockets_are_ended_too(ground: Ground, address: str, endpoint: str) -> None:
+    with netns.fresh(), Server(endpoint) as a, Server(endpoint) as b:
+        names = (SIX, ADDRESS)
+        ground.attach(mesh(service("dns", names, a.endpoint())))
+        with client(ground, socket.AF_INET6) as gone, client(ground, socket.AF_INET6) as stays:
+            gone.connect((address, 53))
+            ground.attach(mesh(service("dns", names, b.endpoint())))
+            stays.connect((address, 53))
+            assert end(ground) == 1
+            assert ended(gone) and not ended(stays)
