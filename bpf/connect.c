@@ -39,8 +39,9 @@ enum reach {
 /* A slot's endpoint. Tried a few times, because the loader may be changing the tables under us: between two
  * reads an endpoint can be gone, and then the next slot's is as good. `avoid` is an endpoint that is
  * taken only when there is no other. */
-static __always_inline bool pick_endpoint(u32 service_id, const struct policy_value *policy, enum reach reach,
-					  u32 avoid, struct destination *to)
+static __always_inline bool pick_endpoint(enum program program, u32 service_id,
+					  const struct policy_value *policy, enum reach reach, u32 avoid,
+					  struct destination *to)
 {
 	/* IPv4 endpoints come first. */
 	u32 first = reach == REACH_IPV6 ? policy->slots4 : 0;
@@ -84,7 +85,7 @@ static __always_inline bool pick_endpoint(u32 service_id, const struct policy_va
 				continue;
 			}
 		}
-		count(PROGRAM_CONNECT, REASON_ENDPOINT_VANISHED);
+		count(program, REASON_ENDPOINT_VANISHED);
 	}
 	return found;
 }
@@ -218,7 +219,8 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE && !bound) {
 		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
 		refuse(to, ipv4);
-	} else if (pick_endpoint(service_id, policy, ipv4_socket ? REACH_IPV4 : REACH_ANY, 0, to)) {
+	} else if (pick_endpoint(PROGRAM_CONNECT, service_id, policy, ipv4_socket ? REACH_IPV4 : REACH_ANY, 0,
+				 to)) {
 		count(PROGRAM_CONNECT, REASON_DIRECT);
 	} else {
 		count(PROGRAM_CONNECT, REASON_NO_ENDPOINT);

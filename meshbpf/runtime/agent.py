@@ -35,6 +35,7 @@ log = logging.getLogger("agent")
 SCAN_SECONDS = 5.0
 READY_SECONDS = 30.0
 RESTART = ("registries", "maps", "admin", "proxy")  # of `Agent.spec`: what a running agent does not change
+SWEEP_SECONDS = 1.0  # sockets whose endpoint left are looked for, in the whole table, not with every change
 SETTLE_SECONDS = 1.0  # how long a worker that hangs may hold a new mesh up
 
 
@@ -91,6 +92,7 @@ class Agent:
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
         self._unwritten = False  # the state file is older than the mesh
         self._left = True  # an endpoint of a UDP port may have left since the last scan
+        self._swept = -SWEEP_SECONDS
 
     @property
     def ready(self) -> bool:
@@ -205,8 +207,9 @@ class Agent:
                 await self._tell_workers(self.mesh)
             return
         if applied.left:
-            self._left = True  # the next scan, too: a connect() may be just reading the tables as they were
-            stranded.end(self.plane.maps)
+            self._left = True  # for the next scan, too: a connect() may be just reading the tables as they were
+            if time.monotonic() - self._swept >= SWEEP_SECONDS:
+                self._end_stranded()
         self.apply_error = ""
         self.mesh = mesh
         self.applied_at = time.time()
@@ -287,11 +290,18 @@ class Agent:
                 self.namespaces.scan()
                 if self._left:
                     self._left = False
-                    stranded.end(self.plane.maps)
+                    self._end_stranded()
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
             if self._unwritten:
                 await self._note()
+
+    def _end_stranded(self) -> None:
+        self._swept = time.monotonic()
+        try:
+            stranded.end(self.plane.maps)
+        except (MeshError, OSError) as error:
+            log.error("connected UDP sockets not looked at error=%s", error)
 
     def _lead_anew(self) -> None:
         """A cgroup is removed and made anew when its unit restarts: nothing leads the new one until we do."""
