@@ -112,11 +112,10 @@ def endpoint_value(endpoint: Endpoint, port: int) -> bytes:
 
 
 def carried(mesh: Mesh) -> Iterator[tuple[Service, Port, list[bytes]]]:
-    """Every service port that a hook carries, with the keys of its addresses. UDP is not: no hook for datagrams yet."""
+    """Every service port, with the keys of its addresses."""
     for service in mesh.services:
         for port in service.ports:
-            if port.protocol is not Protocol.UDP:
-                yield service, port, [service_key(address, port.port, port.protocol) for address in service.addresses]
+            yield service, port, [service_key(address, port.port, port.protocol) for address in service.addresses]
 
 
 class EndpointIds:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from loader import abi, environment, libbpf
+from loader import abi, datagrams, environment, libbpf
+from loader.datagrams import Serving
 from loader.instance import Instance
 from loader.plan import TABLES, Ids, Plan, Tables
 from loader.planner import Planner
@@ -31,16 +32,22 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "flows": (32, 40, False),
     "listeners": (4, 4, False),  # keys are socket descriptors
     "connections": (4, 32, True),
+    "serving": (8, 4, False),
+    "connected": (8, 40, False),
+    "talks": (32, 40, False),
+    "answers": (32, 20, False),
     "counters": (4, 8, True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an apply did: writes made, and the names of the ids now in the kernel."""
+    """What an apply did: writes made, the names of the ids now in the kernel, and whether an endpoint of a UDP port
+    left: then sockets may be connected to it."""
 
     writes: int
     plan: Plan
+    left: bool = False
 
 
 class Dataplane:
@@ -57,6 +64,7 @@ class Dataplane:
             path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
         self._planner: Planner | None = None
+        self._serving = Serving(self.maps["serving"])
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -73,6 +81,8 @@ class Dataplane:
             self.maps["agent"].update(bytes(4), bytes(state))
         if step.whole:
             self._make_rows(step.plan)
+        serving = datagrams.serving(step.plan)
+        self._serving.add(serving)
         writes = 0
         for run in step.runs:
             self.maps[run.table].update_many(run.rows)
@@ -80,8 +90,9 @@ class Dataplane:
             writes += len(run)
         if step.whole:
             self._drop_rows(step.plan)
+        left = self._serving.remove(serving)
         self._planner = planner
-        return Applied(writes, step.plan)
+        return Applied(writes, step.plan, left)
 
     def _make_rows(self, planned: Plan) -> None:
         """Every service id has its round-robin position and its connection counts before a hook can look."""
