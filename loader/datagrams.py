@@ -1,4 +1,4 @@
-"""UDP in the tables: which endpoints sockets may go on talking to, and which connected sockets may not any more.
+"""UDP in the tables: which connected sockets may not go on talking to their endpoint.
 
 Datagrams have no connection that ends by itself: a socket keeps its endpoint until the endpoint leaves the service's
 port. Draining is not leaving, and neither is the service's own end: then nobody said that the endpoint is gone.
@@ -6,60 +6,9 @@ port. Draining is not leaving, and neither is the service's own end: then nobody
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 
 from loader import abi, libbpf
-from loader.plan import IDENTITY, Plan
-from meshbpf.errors import MapFull
-from meshbpf.model import Protocol
-
-PRESENT = (1).to_bytes(4, "little")
-
-
-def serving(planned: Plan) -> Set[bytes]:
-    """The keys that `serving` must hold: every endpoint of every UDP port, whatever its state and weight. Pure."""
-    ids = {value[:IDENTITY]: int.from_bytes(key, "little") for key, value in planned.tables.endpoints.items()}
-    return {
-        bytes(abi.ServingKey(service_id, ids[identity(endpoint.address, endpoint.ports[port.name])]))
-        for service_id, (service, port) in planned.service_ids.items()
-        if port.protocol is Protocol.UDP
-        for endpoint in service.endpoints
-        if port.name in endpoint.ports
-    }
-
-
-def identity(address: str, port: int) -> bytes:
-    return bytes(abi.EndpointValue(abi.pack_address(address), port))[:IDENTITY]
-
-
-class Serving:
-    """The table `serving`, changed around an apply: who comes is in it before a slot leads to him, who goes leaves it
-    after the last slot did.
-    """
-
-    def __init__(self, table: libbpf.Map) -> None:
-        self._table = table
-        self._have: Set[bytes] | None = None  # read when it is first needed, and after a failure
-
-    def add(self, wanted: Set[bytes]) -> None:
-        """Raises MapFull; what was added by then does no harm and goes with the next removal."""
-        have = set(self._table.keys()) if self._have is None else self._have
-        self._have = None
-        for key in wanted - have:
-            try:
-                self._table.update(key, PRESENT)
-            except MapFull as full:
-                raise MapFull("endpoints", full.size) from full
-        self._have = have | wanted
-
-    def remove(self, wanted: Set[bytes]) -> bool:
-        """Whether anybody has left."""
-        have = set(self._table.keys()) if self._have is None else self._have
-        self._have = None
-        for key in have - wanted:
-            self._table.delete(key)
-        self._have = wanted
-        return bool(have - wanted)
 
 
 def stranded(maps: Mapping[str, libbpf.Map]) -> dict[int, abi.Connected]:

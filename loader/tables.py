@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from loader import abi, datagrams, environment, libbpf
-from loader.datagrams import Serving
+from loader import abi, environment, libbpf
 from loader.instance import Instance
 from loader.plan import TABLES, Ids, Plan, Tables
 from loader.planner import Planner
@@ -64,7 +63,7 @@ class Dataplane:
             path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
         self._planner: Planner | None = None
-        self._serving = Serving(self.maps["serving"])
+        self._left = False  # also by an apply that failed half-way
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -81,17 +80,16 @@ class Dataplane:
             self.maps["agent"].update(bytes(4), bytes(state))
         if step.whole:
             self._make_rows(step.plan)
-        serving = datagrams.serving(step.plan)
-        self._serving.add(serving)
         writes = 0
         for run in step.runs:
+            self._left |= run.table == "serving" and bool(run.gone)
             self.maps[run.table].update_many(run.rows)
             self.maps[run.table].delete_many(run.gone)
             writes += len(run)
         if step.whole:
             self._drop_rows(step.plan)
-        left = self._serving.remove(serving)
         self._planner = planner
+        left, self._left = self._left, False
         return Applied(writes, step.plan, left)
 
     def _make_rows(self, planned: Plan) -> None:

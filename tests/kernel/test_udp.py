@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -13,8 +14,9 @@ from dataclasses import replace
 
 import pytest
 
-from loader import abi
+from loader import abi, dataplane
 from loader.sockdiag import SockDiag
+from meshbpf.errors import DataplaneError
 from meshbpf.model import EndpointState, Port, Protocol, Service
 from meshbpf.runtime import netns as runtime_netns
 from meshbpf.runtime import stranded
@@ -489,6 +491,39 @@ def test_only_sockets_connected_to_the_one_that_left_are_ended(ground: Ground, s
     assert alive(socks["to a"], b, DNS)
     for sock in socks.values():
         sock.close()
+
+
+def test_an_endpoint_that_left_alone(ground: Ground, servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an agent changes a mesh: only what changed is planned and written, and who applied it hears who left."""
+    a, b, _ = servers
+    both, one = (mesh(service("dns", ADDRESS, *(s.endpoint() for s in found))) for found in ((a, b), (b,)))
+    ground.attach(both)
+    opened = dataplane.open_pins(ground.instance)
+    assert opened is not None
+    with contextlib.closing(opened[0]) as plane, contextlib.ExitStack() as stack:
+        connected, unconnected = ([stack.enter_context(client(ground)) for _ in range(2)] for _ in range(2))
+        for sock in connected:
+            sock.connect(DNS)
+        first = [ask(sock, a, b) for sock in unconnected]
+        assert sorted(first, key=servers.index) == [a, b]
+        applied = plane.apply(both)
+        assert (applied.writes, applied.left) == (0, False)
+        applied = plane.apply(one)
+        assert (applied.writes, applied.left) == (5, True)  # policy, two slots, who serves, endpoint
+        assert end(ground) == 1
+        assert [ask(sock, a, b) for sock in unconnected] == [b, b]
+        assert not plane.apply(one).left
+
+        plane.apply(both)
+        with monkeypatch.context() as broken:
+            broken.setattr(plane.maps["endpoints"], "delete_many", raise_error)
+            with pytest.raises(DataplaneError):
+                plane.apply(one)
+        assert plane.apply(one).left, "the one that failed had written it"
+
+
+def raise_error(_keys: object) -> None:
+    raise DataplaneError("not today")
 
 
 def test_a_service_that_is_gone_ends_nobody_whose_endpoint_is_not(ground: Ground, servers: list[Server]) -> None:

@@ -1,4 +1,4 @@
-"""Which endpoints UDP sockets may talk to, which sockets lost theirs, and a table that never says less than it must."""
+"""Which endpoints UDP sockets may talk to, and which sockets lost theirs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,16 @@ from typing import cast
 import pytest
 
 from loader import abi, libbpf
-from loader.datagrams import Serving, serving, stranded
+from loader.datagrams import stranded
 from loader.plan import Plan, Tables, plan
-from meshbpf.errors import MapFull
 from meshbpf.model import Endpoint, EndpointState, Mesh, Port, Protocol, Service
 
 
 class Rows(dict[bytes, bytes]):
-    """Stands for a map of `size` rows."""
-
-    size = 4
+    """Stands for a map."""
 
     def lookup(self, key: bytes) -> bytes | None:
         return self.get(key)
-
-    def update(self, key: bytes, value: bytes) -> None:  # type: ignore[override]
-        if key not in self and len(self) == self.size:
-            raise MapFull("serving", self.size)
-        self[key] = value
-
-    def delete(self, key: bytes) -> None:
-        del self[key]
 
 
 def dns(*endpoints: Endpoint) -> Plan:
@@ -46,32 +35,7 @@ def pair(service_id: int, endpoint_id: int) -> bytes:
 
 def test_every_endpoint_of_a_udp_port_serves_whatever_its_state_and_weight() -> None:
     planned = dns(endpoint(1), endpoint(2, weight=0), endpoint(3, state=EndpointState.DRAINING), Endpoint("::1", {}))
-    assert serving(planned) == {pair(1, 1), pair(1, 2), pair(1, 3)}
-
-
-def table(rows: Rows) -> Serving:
-    return Serving(cast(libbpf.Map, rows))
-
-
-def test_who_comes_is_in_before_and_who_goes_leaves_after() -> None:
-    rows = Rows({b"gone": b"1", b"stays": b"1"})
-    changing = table(rows)
-    changing.add({b"stays", b"new"})
-    assert set(rows) == {b"gone", b"stays", b"new"}
-    assert changing.remove({b"stays", b"new"})
-    assert set(rows) == {b"stays", b"new"}
-    changing.add({b"stays", b"new"})
-    assert not changing.remove({b"stays", b"new"})
-
-
-def test_a_full_table_names_the_field_to_raise_and_is_read_again() -> None:
-    rows = Rows({bytes([number]): b"1" for number in range(4)})
-    changing = table(rows)
-    with pytest.raises(MapFull, match=r"map endpoints is full at 4 entries: raise Agent\.spec\.maps\.endpoints"):
-        changing.add({bytes([number]) for number in range(5)})
-    changing.add({bytes([0]), bytes([1])})
-    assert changing.remove({bytes([0]), bytes([1])})
-    assert set(rows) == {bytes([0]), bytes([1])}
+    assert planned.tables.serving.keys() == {pair(1, 1), pair(1, 2), pair(1, 3)}
 
 
 @pytest.mark.parametrize(
