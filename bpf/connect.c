@@ -196,10 +196,13 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	}
 
 	cookie = socket_cookie(ctx);
-	if (policy->carrier == CARRIED_DIRECT)
+	if (policy->carrier == CARRIED_DIRECT) {
 		decision = recent_claim(cookie);
-	else
+		if (!decision)
+			count(PROGRAM_CONNECT, REASON_PLACE_TAKEN);
+	} else {
 		recent_forget(cookie);
+	}
 	if (!decision) {
 		struct origin fresh = {};
 

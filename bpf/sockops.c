@@ -88,8 +88,7 @@ static __always_inline void opened(struct bpf_sock_ops *ops, struct decision *de
 	}
 	count(PROGRAM_SOCKOPS, REASON_OPENED);
 	decision->counted = 1;
-	if (!decision->watched)
-		watch(ops, decision);
+	watch(ops, decision); /* again, because a neighbour may have set its own flags in place of ours */
 }
 
 static __always_inline void closed(struct bpf_sock_ops *ops, struct decision *decision, struct origin *origin)
@@ -157,8 +156,10 @@ int sockops(struct bpf_sock_ops *ops)
 	}
 	if (decision->counted)
 		closed(ops, decision, origin);
-	decision->watched = 0;
-	if (!origin)
+	if (origin)
+		decision->given_port =
+		    0; /* of a socket that is connected again, to whom we led it before, we know nothing */
+	else
 		recent_forget(cookie);
 	return 1;
 }

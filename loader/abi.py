@@ -63,7 +63,7 @@ COMMAND_OFFSET = 16  # behind the Ethernet header that a test run wants, aligned
 EVENTS_BYTES = 1 << 18
 PICK_TRIES = 4
 RECENT_PLACES = 1 << 12  # 256 KiB, so that a place is still in a processor's cache when its turn comes again
-RECENT_UNWATCHED_JIFFIES = 1000  # 1 to 10 s, as the kernel counts; from connect to the first packet it is microseconds
+RECENT_UNWATCHED_JIFFIES = 60_000  # 1 to 10 minutes, as the kernel counts; to the first packet it is microseconds
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class BpfSpinLock(ct.Structure):
 
 
 class Recent(ct.Structure):
-    """A place of `recent`: whose (0: nobody's) and since when (jiffies). One cache line."""
+    """A place of `recent`: whose (0: nobody's) and since when (jiffies)."""
 
     _fields_ = [("cookie", u64), ("lock", BpfSpinLock), ("since", u32), ("decision", Decision), ("pad", u32)]
 

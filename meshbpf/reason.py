@@ -51,6 +51,7 @@ class Reason(IntEnum):
     NO_STAGE = 33
     READER_COUNTS = 34
     BOUND_TO_DEVICE = 35
+    PLACE_TAKEN = 36
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -116,6 +117,7 @@ TEXT: dict[Reason, str] = {
     Reason.PEER_SENDING: "kept in the redirect table for now: the peer is in the middle of a call",
     Reason.READER_UNCHECKED: "not carried yet: the application's process was not looked at",
     Reason.READER_COUNTS: "an answer by TCP: this kernel hides redirected bytes from readers that use FIONREAD",
+    Reason.PLACE_TAKEN: "another connection had the place for this decision: kept with the socket, a little dearer",
     Reason.BOUND_TO_DEVICE: "the caller's socket is bound to a device, where no proxy listens: onProxyDown applied",
     Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,19 +29,17 @@ class Recent:
         path = ground.plane.maps_folder / "recent"
         self.table = libbpf.Map(path, 4, abi.ct.sizeof(abi.Recent), abi.RECENT_PLACES)
 
-    def taken(self) -> dict[int, abi.Recent]:
+    def taken(self) -> list[abi.Recent]:
         places = (abi.Recent.from_buffer_copy(value) for _key, value in self.table.items())
-        return {place.cookie: place for place in places if place.cookie}
+        return [place for place in places if place.cookie]
 
-    def fill(self, watched: bool) -> None:
-        """Every place is a stranger's, since for ever."""
+    def owners(self) -> Counter[int]:
+        return Counter(place.cookie for place in self.taken())
+
+    def fill(self, place: abi.Recent) -> None:
+        """Every place is like this one, since for ever."""
         for index in range(abi.RECENT_PLACES):
-            place = abi.Recent(cookie=STRANGER + index, decision=abi.Decision(watched=watched))
             self.table.update(index.to_bytes(4, "little"), bytes(place))
-
-    def clear(self) -> None:
-        for index in range(abi.RECENT_PLACES):
-            self.table.update(index.to_bytes(4, "little"), bytes(abi.Recent()))
 
 
 def cookie(sock: socket.socket) -> int:
@@ -68,7 +67,7 @@ def ground(listener: Listener) -> Iterator[Ground]:
 @pytest.fixture
 def recent(ground: Ground) -> Iterator[Recent]:
     made = Recent(ground)
-    made.clear()
+    made.fill(abi.Recent())
     with made.table:
         yield made
 
@@ -89,7 +88,7 @@ def test_a_direct_connection_takes_a_place_and_gives_it_back(
 ) -> None:
     with ground.connect(ADDRESS) as client:
         listener.accept().close()
-        assert recent.taken().keys() == {cookie(client)}
+        assert recent.owners() == {cookie(client): 1}
         assert client.getpeername() == (ADDRESS, 80)
     until(lambda: not recent.taken(), "the place is free again")
 
@@ -110,18 +109,23 @@ def test_a_reset_connection_gives_its_place_back(ground: Ground, recent: Recent,
 
 
 def test_a_taken_place_sends_the_decision_to_the_socket(ground: Ground, recent: Recent, listener: Listener) -> None:
-    recent.fill(watched=True)
-    before = recent.taken().keys()
+    recent.fill(abi.Recent(cookie=STRANGER, decision=abi.Decision(watched=1)))
+    counted = ground.reasons().get("place_taken", 0)
     works(ground, listener)
-    assert recent.taken().keys() == before
+    assert recent.owners() == {STRANGER: abi.RECENT_PLACES}
+    assert ground.reasons()["place_taken"] == counted + 1
 
 
 def test_a_place_that_was_abandoned_is_taken_over(ground: Ground, recent: Recent, listener: Listener) -> None:
-    recent.fill(watched=False)
-    with ground.connect(ADDRESS) as client:
+    with ground.connect(ADDRESS):
         listener.accept().close()
-        assert cookie(client) in recent.taken()
-    works(ground, listener)
+        (now,) = (place.since for place in recent.taken())
+    for age, owner in ((abi.RECENT_UNWATCHED_JIFFIES - 10_000, False), (abi.RECENT_UNWATCHED_JIFFIES + 1, True)):
+        recent.fill(abi.Recent(cookie=STRANGER, since=(now - age) % 2**32))
+        with ground.connect(ADDRESS) as client:
+            listener.accept().close()
+            assert (cookie(client) in recent.owners()) is owner
+        works(ground, listener)
 
 
 def test_a_connect_that_never_reached_tcp_keeps_no_more_than_its_place(
@@ -158,10 +162,9 @@ def dissolve(sock: socket.socket) -> None:
 def test_a_left_place_is_silent_about_a_governed_connection(ground: Ground, recent: Recent, listener: Listener) -> None:
     """A place that was left behind never speaks for a later decision that the socket itself holds."""
     with ground.client() as client:
-        index = cookie(client) % abi.RECENT_PLACES
         stale = abi.Decision(given=abi.pack_address("127.0.0.1"), given_port=listener.port, asked_port=9)
-        recent.table.update(index.to_bytes(4, "little"), bytes(abi.Recent(cookie=cookie(client), decision=stale)))
+        recent.fill(abi.Recent(cookie=cookie(client), decision=stale))
         client.connect((GOVERNED, 80))  # no proxy is here, so it goes to the endpoint, decided like a governed one
         listener.accept().close()
         assert client.getpeername() == (GOVERNED, 80)
-        assert not recent.taken()
+        assert recent.owners() == {cookie(client): abi.RECENT_PLACES - 1}  # its own place, and no other
