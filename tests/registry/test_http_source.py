@@ -1,0 +1,286 @@
+"""Another agent's registry as a source, over real sockets: followed at once, and every bad day of the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshbpf.model import EmbeddedRegistry, HttpRegistry
+from meshbpf.registry import api, client
+from meshbpf.registry.base import Snapshot
+from meshbpf.registry.embedded import EmbeddedSource
+from meshbpf.registry.http import HttpSource
+from meshbpf.registry.instance import Refusal
+from tests.registry.conftest import url
+
+
+def body(port: int = 8081, address: str = "198.51.100.8", **changes: Any) -> dict[str, Any]:
+    return {"address": address, "ports": {"http": {"port": port, "servicePort": 80}}, "ttl": "60s", **changes}
+
+
+async def put(source: EmbeddedSource, id: str, service: str = "orders", **changes: Any) -> None:
+    assert not isinstance(await source.registrar.put(service, id, body(**changes), local=True), Refusal)
+
+
+async def soon(snapshots: AsyncIterator[Snapshot], true: Callable[[Snapshot], bool]) -> Snapshot:
+    """The first snapshot that is so."""
+    async with asyncio.timeout(10):
+        async for snapshot in snapshots:
+            if true(snapshot):
+                return snapshot
+    raise AssertionError("it ended")
+
+
+def well(snapshot: Snapshot) -> bool:
+    return not snapshot.error
+
+
+def ports(snapshot: Snapshot) -> list[int]:
+    return [e.ports["http"] for service in snapshot.services for e in service.endpoints]
+
+
+@contextlib.asynccontextmanager
+async def following(settings: HttpRegistry | str, **options: Any) -> AsyncIterator[AsyncIterator[Snapshot]]:
+    source = HttpSource(HttpRegistry(settings) if isinstance(settings, str) else settings, **options)
+    snapshots = source.watch()
+    async with contextlib.aclosing(snapshots):
+        yield snapshots
+
+
+async def test_a_change_there_is_known_here_at_once(source: EmbeddedSource) -> None:
+    await put(source, "a")
+    async with following(url(source)) as snapshots:
+        first = await anext(snapshots)
+        assert (ports(first), first.error, first.stale, first.source) == ([8081], "", False, url(source))
+        took = []
+        for number in range(8082, 8092):
+            news = asyncio.ensure_future(soon(snapshots, lambda s, number=number: number in ports(s)))
+            await asyncio.sleep(0.03)  # so that it waits there
+            begun = time.monotonic()
+            await put(source, "a", port=number)
+            await news
+            took.append(time.monotonic() - begun)
+        print(f"change to news: {', '.join(f'{1000 * seconds:.1f}' for seconds in took)} ms")
+        assert sorted(took)[5] < 0.1
+        await source.registrar.delete(("orders", "default"), "a")
+        assert (await soon(snapshots, lambda s: not s.services)).error == ""
+    await until(lambda: source.registrar.waiting == 0)
+
+
+async def test_a_silent_registry_is_asked_again_without_any_news(
+    source: EmbeddedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MAX_WAIT", 0.05)
+    async with following(url(source)) as snapshots:
+        await anext(snapshots)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(snapshots), 0.5)
+
+
+async def test_a_registry_on_ipv6_with_a_token_that_changes(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    settings = EmbeddedRegistry("[::1]:0", str(tmp_path / "registry.db"), str(token))
+    source = EmbeddedSource(settings)
+    await source.start()
+    assert source.address is not None
+    await put(source, "a")
+    ours = tmp_path / "ours"
+    where = f"http://[::1]:{source.address[1]}"
+    async with following(HttpRegistry(where, str(ours))) as snapshots:
+        assert str(ours) in (await anext(snapshots)).error
+        ours.write_text("second\n")
+        refused = await soon(snapshots, lambda s: "401" in s.error)
+        assert f"is {ours} its token?" in refused.error
+        assert "second" not in refused.error
+        ours.write_text("first\n")
+        assert ports(await soon(snapshots, well)) == [8081]
+    async with following(where) as snapshots:
+        assert "set Agent.spec.registries.http.tokenFile" in (await anext(snapshots)).error
+    await source.close()
+
+
+@pytest.mark.parametrize("content", ["", "two\nlines", "\udcff"])
+async def test_a_bad_token_file_is_an_error_of_the_source(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(content, errors="surrogateescape")
+    async with following(HttpRegistry("http://127.0.0.1:9", str(path))) as snapshots:
+        assert str(path) in (await anext(snapshots)).error
+
+
+async def test_a_registry_that_is_away_comes_back(tmp_path: Path, source: EmbeddedSource) -> None:
+    where = url(source)
+    await put(source, "a")
+    async with following(where) as snapshots:
+        first = await soon(snapshots, well)
+        await source.close()
+        gone = await soon(snapshots, lambda s: bool(s.error))
+        assert gone.services == first.services and gone.stale
+        assert gone.error == f"cannot reach the registry at {where}: Connection refused"
+        await asyncio.sleep(2.5)  # so that its pauses are as long as they get
+        again = EmbeddedSource(EmbeddedRegistry(where.removeprefix("http://"), str(tmp_path / "registry.db")))
+        await again.start()
+        begun = time.monotonic()
+        back = await soon(snapshots, well)
+        assert time.monotonic() - begun < 5.0
+        assert back.services == first.services
+        await put(again, "b", port=8082)
+        assert sorted(ports(await soon(snapshots, lambda s: len(ports(s)) == 2))) == [8081, 8082]
+        await again.close()
+
+
+async def test_a_registry_that_is_back_without_its_store_does_not_empty_the_mesh(
+    tmp_path: Path, source: EmbeddedSource
+) -> None:
+    where = url(source)
+    await put(source, "a")
+    await put(source, "b", port=8082)
+    async with following(where) as snapshots:
+        await soon(snapshots, well)
+        await source.close()
+        await soon(snapshots, lambda s: bool(s.error))
+        (tmp_path / "registry.db").write_bytes(b"garbage" * 1000)
+        for leftover in tmp_path.glob("registry.db-*"):
+            leftover.unlink()
+        again = EmbeddedSource(EmbeddedRegistry(where.removeprefix("http://"), str(tmp_path / "registry.db")))
+        await again.start()
+        assert "memory only" in again.registrar.problem
+        assert sorted(ports(await soon(snapshots, well))) == [8081, 8082]
+        await put(again, "b", port=8083)
+        assert sorted(ports(await soon(snapshots, lambda s: 8083 in ports(s)))) == [8081, 8083]
+        await again.close()
+
+
+@contextlib.asynccontextmanager
+async def server(answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[str]:
+    """Something that is no registry."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            await answer(reader, writer)
+            await writer.drain()
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    listening.close()
+
+
+GOOD = b'{"generation": 7, "services": [{"service": "orders", "instances": [{"id": "a", "address": "198.51.100.8", "ports": {"http": {"port": 8081}}}]}]}'  # noqa: E501
+
+
+def ok(content: bytes, length: int | None = None, more: bytes = b"") -> bytes:
+    return b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        more,
+        len(content) if length is None else length,
+        content,
+    )
+
+
+BAD_ANSWERS = [
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot reach the registry"),
+    (ok(b"<html>hello</html>"), "answered what no registry says"),
+    (ok(b"[1]"), "answered what no registry says"),
+    (ok(b"\xff\xfe\x00"), "answered what no registry says"),
+    (ok(b"[" * 100_000), "answered what no registry says"),
+    (ok(b'{"generation": %s, "services": []}' % (b"9" * 5000)), "answered what no registry says"),
+    (ok(GOOD[:60]), "answered what no registry says"),
+    (ok(GOOD[:60], length=len(GOOD)), "cannot reach the registry"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n" + GOOD[:5] + b"\r\n", "cannot reach the registry"),
+    (ok(gzip.compress(GOOD), more=b"Content-Encoding: gzip\r\n"), "answered what no registry says"),
+    (b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops", "answered 500: b'oops'"),
+    (b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n", "answered 401"),
+    (b"HTTP/1.1 302 Elsewhere\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", "answered 302"),
+    (b'HTTP/1.1 403 No\r\nContent-Length: 33\r\n\r\n{"error": "no, me", "field": "H"}', "answered 403: H: no, me"),
+    (b"", "cannot reach the registry"),
+]
+
+
+@pytest.mark.parametrize(("bad", "why"), BAD_ANSWERS)
+async def test_whatever_answers_there_changes_nothing_here_but_the_error(bad: bytes, why: str) -> None:
+    answers = [ok(GOOD), bad]
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answers.pop(0) if len(answers) > 1 else answers[0])
+
+    async with server(answer) as where, following(where) as snapshots:
+        first = await anext(snapshots)
+        assert ports(first) == [8081]
+        second = await soon(snapshots, lambda s: bool(s.error))
+        assert why in second.error and where in second.error + first.source
+        assert second.services == first.services and second.stale
+        answers[:] = [ok(GOOD)]
+        assert (await soon(snapshots, well)).services == first.services
+
+
+async def test_a_body_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_ANSWER", 1 << 20)
+    sent = 0
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        while sent < 1 << 30:
+            writer.write(b" " * 65536)
+            sent += 65536
+            await writer.drain()
+
+    async with server(answer) as where, following(where) as snapshots:
+        assert "answered more than 1 MiB" in (await anext(snapshots)).error
+        assert sent < 1 << 25
+
+
+async def test_who_says_nothing_at_all_holds_nobody_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with following(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3) as snapshots:
+            begun = time.monotonic()
+            assert "did not answer in 0.3 s" in (await anext(snapshots)).error
+            assert time.monotonic() - begun < 2.0
+
+
+async def test_too_many_who_wait_there_are_no_fault(source: EmbeddedSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_WAITERS", 0)
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.sleep(0.01)
+
+    async with following(url(source), sleep=sleep, chance=lambda: 0.0) as snapshots:
+        assert well(await anext(snapshots))
+        for number in (8081, 8082):
+            await put(source, "a", port=number)
+            found = await soon(snapshots, lambda s: bool(s.services))
+            assert (ports(found), found.error) == ([number], "")
+    assert 1.0 in pauses
+
+
+async def test_time_and_chance_are_arguments() -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 8:
+            raise asyncio.CancelledError
+
+    source = HttpSource(HttpRegistry("http://127.0.0.1:9"), chance=lambda: 0.5, sleep=sleep, clock=lambda: 0.0)
+    snapshots = source.watch()
+    assert "Connection refused" in (await anext(snapshots)).error
+    with pytest.raises(asyncio.CancelledError):
+        await anext(snapshots)
+    assert pauses == [most * 0.75 for most in (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0)]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.01)
