@@ -68,6 +68,19 @@ class Follower:
         error = f"{len(left_out)} instances left out, first {left_out[0]}" if left_out else ""
         self._tell(self._united(), error, stale=False)
 
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The last good answer, for `recall` in another life."""
+        entries = [{"service": ".".join(service), "instances": said.raw} for service, said in self._said.items()]
+        return {"generation": self._generation, "services": entries}
+
+    def recall(self, answer: Mapping[str, Any]) -> None:
+        """What was known in an earlier life counts until there is an answer."""
+        read = answers.read(answer, {})
+        if self._generation is None and not isinstance(read, Refusal):
+            self._generation, self._said = read.generation, read.services
+            self._tell(self._united(), self.snapshot.error, stale=True)
+
     def failed(self, why: str) -> None:
         self._failures += 1
         self._plain, self._crowded = True, False

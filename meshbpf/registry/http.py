@@ -7,23 +7,30 @@ other side does ends it. The token is read anew for each question, so that a cha
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from meshbpf.errors import ConfigError
 from meshbpf.model import HttpRegistry
+from meshbpf.registry import recall
 from meshbpf.registry.base import Snapshot, read_token
 from meshbpf.registry.client import TIMEOUT, RegistryAway, RegistryClient, RegistryRefused
 from meshbpf.registry.follower import Follower, Question
 
+log = logging.getLogger("registry")
+KEEP_SECONDS = 5.0
 TOKEN_FILE = "Agent.spec.registries.http.tokenFile"
 
 
 class HttpSource:
-    """`watch` gives its first word after one try, whether or not there was an answer within `timeout` seconds."""
+    """`watch` gives its first word after one try, whether or not there was an answer within `timeout` seconds. `keep`:
+    where the last answer is kept for an agent that starts while the registry is away.
+    """
 
     def __init__(
         self,
@@ -32,20 +39,41 @@ class HttpSource:
         chance: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         timeout: float = TIMEOUT,
+        keep: Path | None = None,
     ) -> None:
         self.name = settings.url
+        self._keep = keep
+        self._kept: object = None  # the services of the answer that is kept
+        self._kept_at = -KEEP_SECONDS
+        self._trouble = ""
         self._settings = settings
         self._clock, self._chance, self._sleep, self._timeout = clock, chance, sleep, timeout
 
     async def watch(self) -> AsyncGenerator[Snapshot, None]:
         follower = Follower(self.name, self._settings.allow_loopback)
         last = follower.snapshot
+        await self._step(follower)
+        if follower.snapshot.stale and self._keep and (answer := await asyncio.to_thread(recall.read, self._keep)):
+            follower.recall(answer)
         while True:
-            await self._step(follower)
             if follower.snapshot is not last:
                 last = follower.snapshot
                 yield last
+            await self._remember(follower)
             await self._sleep(follower.pause(self._chance()))
+            await self._step(follower)
+
+    async def _remember(self, follower: Follower) -> None:
+        """Keep the answer if it is news, but not all the time: a large one is megabytes."""
+        services, now = follower.snapshot.services, self._clock()
+        known = follower.snapshot.stale or services is self._kept
+        if self._keep is None or known or now - self._kept_at < KEEP_SECONDS:
+            return
+        self._kept, self._kept_at = services, now
+        trouble = await asyncio.to_thread(recall.write, self._keep, follower.answer)
+        if trouble and trouble != self._trouble:
+            log.warning("the last answer of a registry is not kept path=%s error=%s", self._keep, trouble)
+        self._trouble = trouble
 
     async def _step(self, follower: Follower) -> None:
         question = follower.question(self._clock())

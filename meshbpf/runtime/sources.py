@@ -13,7 +13,7 @@ from typing import Any
 from loader.instance import Instance
 from meshbpf import garbage
 from meshbpf.model import Agent, EmbeddedRegistry, MapSizes, Mesh
-from meshbpf.registry import merge
+from meshbpf.registry import merge, recall
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource
@@ -155,8 +155,12 @@ class Sources:
 
 def registries(agent: Agent, embedded: EmbeddedSource) -> list[Source]:
     """The configured ones in their order. What registers on this machine comes first where it has no place in it."""
+    store = embedded.settings.store
     found: list[Source] = [
-        embedded if isinstance(registry, EmbeddedRegistry) else HttpSource(registry) for registry in agent.registries
+        embedded
+        if isinstance(registry, EmbeddedRegistry)
+        else HttpSource(registry, keep=recall.place(store, registry.url))
+        for registry in agent.registries
     ]
     return found if embedded in found else [embedded, *found]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from meshbpf.model import EmbeddedRegistry, HttpRegistry
-from meshbpf.registry import api, client
+from meshbpf.registry import api, client, http, recall
 from meshbpf.registry.base import Snapshot
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.http import HttpSource
@@ -262,6 +262,48 @@ async def test_too_many_who_wait_there_are_no_fault(source: EmbeddedSource, monk
             found = await soon(snapshots, lambda s: bool(s.services))
             assert (ports(found), found.error) == ([number], "")
     assert 1.0 in pauses
+
+
+async def test_an_agent_that_starts_while_the_registry_is_away_knows_what_it_knew(
+    tmp_path: Path, source: EmbeddedSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    where, keep = url(source), recall.place(str(tmp_path / "ours.db"), url(source))
+    assert keep.name == f"ours.db.127.0.0.1-{where.rpartition(':')[2]}.json"
+    await put(source, "a")
+    async with following(where, keep=keep) as snapshots:
+        first = await soon(snapshots, well)
+        with contextlib.suppress(TimeoutError):  # it is kept after it was told
+            await asyncio.wait_for(anext(snapshots), 0.1)
+    assert keep.stat().st_mode & 0o777 == 0o600
+    await source.close()
+    async with following(where, keep=keep) as snapshots:
+        recalled = await anext(snapshots)
+        assert recalled.services == first.services
+        assert recalled.stale and "Connection refused" in recalled.error
+        (tmp_path / "registry.db").unlink()  # and it comes back without its memory, too
+        again = EmbeddedSource(EmbeddedRegistry(where.removeprefix("http://"), str(tmp_path / "registry.db")))
+        await again.start()
+        assert (await soon(snapshots, well)).services == first.services
+        await put(again, "b", port=8082)
+        assert sorted(ports(await soon(snapshots, lambda s: len(ports(s)) == 2))) == [8081, 8082]
+        await again.close()
+    assert not caplog.records
+    for content in (b"", b"{", b"[]", b'{"generation": 1}', b"\xff"):
+        keep.write_bytes(content)
+        async with following(where, keep=keep) as snapshots:
+            assert not (await anext(snapshots)).services
+    assert "cannot be recalled" in caplog.text
+
+
+async def test_what_cannot_be_kept_is_said_once_and_changes_nothing(
+    source: EmbeddedSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "KEEP_SECONDS", 0.0)
+    async with following(url(source), keep=Path("/dev/null/kept.json")) as snapshots:
+        for number in (1, 2, 3):
+            await put(source, "a", port=number)
+            await soon(snapshots, lambda s, number=number: ports(s) == [number])
+    assert caplog.text.count("is not kept path=/dev/null/kept.json") == 1
 
 
 async def test_time_and_chance_are_arguments() -> None:
