@@ -34,6 +34,13 @@ class Answer:
 
 def read(answer: Mapping[str, Any], known: Mapping[ServiceId, Said]) -> Answer | Refusal:
     """`known`: what the answer before said; a service of which this one says the same stays the same object."""
+    try:
+        return _read(answer, known)
+    except RecursionError:  # JSON may be nested as deeply as our stack allows to parse it, which comparing it does not
+        return Refusal("services", "is nested too deeply")
+
+
+def _read(answer: Mapping[str, Any], known: Mapping[ServiceId, Said]) -> Answer | Refusal:
     generation, entries = answer.get("generation"), answer.get("services")
     if not isinstance(generation, int) or isinstance(generation, bool) or not 0 <= generation <= MAX_GENERATION:
         return Refusal("generation", f"must be a whole number, got {str(generation)[:40]}")

@@ -24,6 +24,7 @@ from meshbpf.registry.services import service_of
 WAIT = 30.0  # seconds that a question may wait there
 FIRST_PAUSE = 0.1
 MOST_PAUSE = 2.0  # so that with a lost try before it, a registry that is back is found within 5 s
+HASTY = 1.0  # seconds; sooner than that nobody has waited
 PACE = 0.02  # seconds; as the embedded registry gathers changes
 PER_SECOND = 20_000.0  # instances: an answer costs both sides CPU by its size, so a large registry is asked less often
 
@@ -47,9 +48,11 @@ class Follower:
         self._services: dict[ServiceId, tuple[tuple[Instance, ...], Service]] = {}
         self._failures = 0
         self._plain = True
-        self._crowded = False
+        self._seldom = False  # one cannot wait there
+        self._asked = 0.0
 
     def question(self, now: float) -> Question:
+        self._asked = now
         if self._plain:
             return Question()
         ends = [until for _instance, until in self._kept.values()]
@@ -61,7 +64,9 @@ class Follower:
         if isinstance(read, Refusal):
             self.failed(f"answered what no registry says: {read.field}: {read.message}")
             return
-        self._failures, self._plain, self._crowded = 0, False, False
+        # Who does not wait although asked to, and has no news, would be asked without end.
+        hasty = not self._plain and read.generation == self._generation and now - self._asked < HASTY
+        self._failures, self._plain, self._seldom = 0, False, hasty
         self._keep(read, now)
         self._generation, self._said = read.generation, read.services
         left_out = [text for said in read.services.values() for text in said.left_out]
@@ -83,12 +88,12 @@ class Follower:
 
     def failed(self, why: str) -> None:
         self._failures += 1
-        self._plain, self._crowded = True, False
+        self._plain, self._seldom = True, False
         self._tell(self.snapshot.services, why, stale=True)
 
     def crowded(self) -> None:
         """Too many wait there already. That is no fault: what we know is as new as the last plain answer."""
-        self._plain, self._crowded = True, True
+        self._plain, self._seldom = True, True
 
     def pause(self, chance: float) -> float:
         """Seconds before the next question. `chance` is from [0, 1): followers of one registry shall not come back all
@@ -96,7 +101,7 @@ class Follower:
         """
         if self._failures:
             most = min(MOST_PAUSE, FIRST_PAUSE * (1 << min(self._failures - 1, 10)))
-        elif self._crowded:
+        elif self._seldom:
             most = MOST_PAUSE
         else:
             return max(PACE, sum(len(said.raw) for said in self._said.values()) / PER_SECOND)

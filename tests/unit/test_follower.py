@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -162,6 +163,19 @@ def test_what_no_registry_says_changes_nothing(answer: dict[str, Any]) -> None:
     assert one.question(2.0) == Question()
 
 
+def test_an_answer_nested_as_deeply_as_can_be_is_refused() -> None:
+    one = follower()
+    deep: Any = []
+    for _ in range(sys.getrecursionlimit()):
+        deep = [deep]
+    twice: Any = []
+    for _ in range(sys.getrecursionlimit()):
+        twice = [twice]
+    for labels in (deep, twice):
+        one.answered(said(3, orders=[instance("a", labels=labels)]), 0.0)
+    assert "nested too deeply" in one.snapshot.error and one.snapshot.stale
+
+
 json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -224,6 +238,18 @@ def test_when_too_many_wait_there_it_looks_from_time_to_time() -> None:
         assert one.question(0.0) == Question()
         one.answered(said(generation, orders=[instance("a")]), 0.0)
         assert (one.snapshot.error, one.snapshot.stale) == ("", False)
+
+
+def test_who_answers_at_once_without_news_is_asked_from_time_to_time() -> None:
+    one = follower()
+    one.answered(said(3), 0.0)
+    for now, generation, seldom in ((0.0, 3, True), (2.0, 3, True), (4.0, 4, False), (5.0, 4, True)):
+        assert one.question(now).wait == WAIT
+        one.answered(said(generation), now + 0.5)
+        assert (one.pause(0.0) >= MOST_PAUSE / 2) is seldom
+    assert one.question(10.0).wait == WAIT
+    one.answered(said(4), 10.0 + WAIT)
+    assert one.pause(0.0) < 0.1, "waited, and nothing happened there"
 
 
 def test_a_large_registry_is_asked_less_often() -> None:
