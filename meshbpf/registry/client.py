@@ -165,7 +165,8 @@ def _lively(info: tuple[Any, ...]) -> socket.socket:
 
 def _why(error: Exception) -> str:
     number = error.errno if isinstance(error, OSError) else None
-    return os.strerror(number) if number and number > 0 else str(error) or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__  # aiohttp's go over several lines
+    return os.strerror(number) if number and number > 0 else said
 
 
 def _object(text: bytes) -> dict[str, Any]:

@@ -74,6 +74,7 @@ async def test_whatever_answers_there_changes_nothing_here_but_the_error(bad: by
         second = await soon(snapshots, lambda s: bool(s.error))
         assert why in second.error and where in second.error + first.source
         assert second.services == first.services and second.stale
+        assert "\n" not in second.error
         answers[:] = [ok(GOOD)]
         assert (await soon(snapshots, well)).services == first.services
 
