@@ -40,7 +40,7 @@ def write(path: Path, answer: Mapping[str, Any]) -> str:
     staged = path.with_name(path.name + ".new")
     try:
         with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(answer, file, separators=(",", ":"))
+            file.write(json.dumps(answer, separators=(",", ":")))  # `dump` is many times slower
         staged.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # it may never have been there
