@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,16 @@ class HttpSource:
             await self._sleep(follower.pause(self._chance()))
             await self._step(follower)
 
+    def _forgetful(self, follower: Follower) -> bool:
+        """Whether the last answer is news that is not kept yet."""
+        return bool(self._keep) and not follower.snapshot.stale and follower.snapshot.services is not self._kept
+
     async def _remember(self, follower: Follower) -> None:
         """Keep the answer if it is news, but not all the time: a large one is megabytes."""
-        services, now = follower.snapshot.services, self._clock()
-        known = follower.snapshot.stale or services is self._kept
-        if self._keep is None or known or now - self._kept_at < KEEP_SECONDS:
+        now = self._clock()
+        if self._keep is None or not self._forgetful(follower) or now - self._kept_at < KEEP_SECONDS:
             return
-        self._kept, self._kept_at = services, now
+        self._kept, self._kept_at = follower.snapshot.services, now
         trouble = await asyncio.to_thread(recall.write, self._keep, follower.answer)
         if trouble and trouble != self._trouble:
             log.warning("the last answer of a registry is not kept path=%s error=%s", self._keep, trouble)
@@ -77,6 +81,8 @@ class HttpSource:
 
     async def _step(self, follower: Follower) -> None:
         question = follower.question(self._clock())
+        if self._forgetful(follower):  # nothing may happen there for long
+            question = replace(question, wait=min(question.wait, KEEP_SECONDS))
         try:
             answer = await self._ask(question)
         except RegistryRefused as error:

@@ -167,7 +167,7 @@ def test_an_agent_that_restarts_while_the_registry_is_gone_knows_what_it_knew(ho
     hosts.register("orders", port)
     until(hosts.known, "b knows it")
     kept = hosts.b.folder / f"registry.db.198.18.0.1-{hosts.a.registry_port}.json"
-    until(lambda: f'"port":{port}' in kept.read_text(), "and keeps it", 40.0)
+    until(lambda: f'"port":{port}' in kept.read_text(), "and keeps it", 10.0)
     hosts.a.stop_agent(signal.SIGKILL)
     load = hosts.b.load(ADDRESS, connections=4, rate=100, new=True, netns=hosts.there)
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -205,6 +205,24 @@ async def test_an_agent_that_starts_while_the_registry_is_away_knows_what_it_kne
     assert "cannot be recalled" in caplog.text
 
 
+async def test_news_is_kept_soon_although_nothing_more_happens(
+    tmp_path: Path, source: EmbeddedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "KEEP_SECONDS", 0.5)
+    keep = tmp_path / "kept.json"
+    async with following(url(source), keep=keep) as snapshots:
+        await soon(snapshots, well)
+        more = asyncio.ensure_future(soon(snapshots, lambda s: len(ports(s)) == 2))
+        await until(keep.exists)
+        await put(source, "a")
+        await put(source, "b", port=8082)
+        await more
+        quiet = asyncio.ensure_future(anext(snapshots))
+        await until(lambda: "8082" in keep.read_text())
+        quiet.cancel()
+        await asyncio.wait([quiet])
+
+
 async def test_what_cannot_be_kept_is_said_once_and_changes_nothing(
     source: EmbeddedSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
