@@ -172,6 +172,15 @@ class EmbeddedRegistry:
 
 
 @dataclass(frozen=True, slots=True)
+class HttpRegistry:
+    """Another agent's embedded registry, `url` http://ADDRESS:PORT; `token_file` holds the token that it asks for."""
+
+    url: str
+    token_file: str = ""
+    allow_loopback: bool = False  # its 127.0.0.1 is another machine
+
+
+@dataclass(frozen=True, slots=True)
 class ProxySettings:
     listen: str = "127.0.0.1:15001"  # the port serves [::1] as well, in every namespace
     workers: int = 1
@@ -204,13 +213,18 @@ class MapSizes:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    registries: tuple[EmbeddedRegistry, ...] = ()
+    registries: tuple[EmbeddedRegistry | HttpRegistry, ...] = ()  # in order of precedence
     address_pool: str = "127.96.0.0/16"
     proxy: ProxySettings = ProxySettings()
     admin: AdminSettings = AdminSettings()
     acceleration: Acceleration = Acceleration.AUTO
     access_log: AccessLogSettings = AccessLogSettings()
     maps: MapSizes = MapSizes()
+
+    @property
+    def embedded(self) -> EmbeddedRegistry | None:
+        """The embedded registry, if one is configured."""
+        return next((registry for registry in self.registries if isinstance(registry, EmbeddedRegistry)), None)
 
 
 @dataclass(frozen=True, slots=True)

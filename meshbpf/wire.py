@@ -1,7 +1,7 @@
 """Model values ↔ plain JSON values, by their type hints: for the state file, the workers and `-o json`. Pure.
 
-Covers what model.py uses: frozen dataclasses, enums, tuples, mappings, optional values. Mapping keys that are tuples
-(service identities) become `name.namespace`-like text joined by a slash, which no name can contain.
+Covers what model.py uses: frozen dataclasses and unions of them, enums, tuples, mappings, optional values. Mapping
+keys that are tuples (service identities) become `name.namespace`-like text joined by a slash, which is in no name.
 """
 
 from __future__ import annotations
@@ -97,8 +97,11 @@ def _decoder(kind: Any) -> Convert:
             {tuple(k.split("/")) if pairs else k: inner(entry) for k, entry in data.items()}
         )
     if origin in (typing.Union, types.UnionType):
-        some = _decoder(next(k for k in typing.get_args(kind) if k is not type(None)))
-        return lambda data: None if data is None else some(data)
+        some = [k for k in typing.get_args(kind) if k is not type(None)]
+        if len(some) > 1:
+            return _one_of(some)
+        one = _decoder(some[0])
+        return lambda data: None if data is None else one(data)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass_decoder(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
@@ -111,6 +114,12 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 def _same(data: Any) -> Any:
     return data
+
+
+def _one_of(kinds: list[Any]) -> Convert:
+    """Of several dataclasses, the one that has just these fields."""
+    by_fields = {frozenset(_names(kind)): _decoder(kind) for kind in kinds}
+    return lambda data: by_fields[frozenset(data)](data)
 
 
 def _dataclass_decoder(kind: type) -> Convert:

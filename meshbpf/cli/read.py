@@ -162,7 +162,8 @@ def _print_status(whole: dict[str, Any]) -> None:
     else:
         lines.append(("AGENT", "not running: governed ports follow onProxyDown"))
     for source in whole["sources"]:
-        trouble = f", last error: {source['error']}" if source["error"] else ""
+        stale = f", no good answer for {output.age(source['stale_seconds'])}" if source["stale_seconds"] else ""
+        trouble = f"{stale}, last error: {source['error']}" if source["error"] else ""
         lines.append(("SOURCE", f"{source['name']}, last change {output.age(source['age_seconds'])} ago{trouble}"))
     if whole["error"]:
         lines.append(("ERROR", whole["error"]))

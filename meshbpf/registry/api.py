@@ -33,14 +33,13 @@ from aiohttp.typedefs import Handler, Middleware
 
 from meshbpf import durations
 from meshbpf.registry.instance import Refusal, ServiceId, parse_service
-from meshbpf.registry.leases import Lease, NoRoom
+from meshbpf.registry.leases import MAX_GENERATION, Lease, NoRoom
 from meshbpf.registry.registrar import Registrar
 
 MAX_BODY = 64 * 1024
 BODY_SECONDS = 10.0
 MAX_WAIT = 60.0
 MAX_WAITERS = 256
-MAX_GENERATION = 2**53
 SCHEMA_VERSION = 1
 
 

@@ -6,7 +6,10 @@ ended lease is no error but a False, because whoever keeps a lease alive must ex
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +21,9 @@ import aiohttp
 from meshbpf.errors import MeshError, NotFound
 
 TIMEOUT = 5.0  # seconds per request; a wait adds its own
+CONNECT_TIMEOUT = 2.0
+MAX_ANSWER = 32 * 1024 * 1024  # bytes; a hundred times what a full registry says in common cases
+LARGE = 256 * 1024  # bytes: from here on reading takes an event loop too long
 
 
 class RegistryAway(MeshError):
@@ -56,8 +62,10 @@ class RegistryClient:
         if self._unix:
             connector = aiohttp.UnixConnector(self._unix, force_close=True)
         else:
-            connector = aiohttp.TCPConnector(force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+            connector = aiohttp.TCPConnector(force_close=True, socket_factory=_lively)
+        # Not compressed: then the size of an answer is what comes over the wire.
+        headers = {"Accept-Encoding": "identity", **self._headers}
+        self._session = aiohttp.ClientSession(connector=connector, headers=headers, auto_decompress=False)
         return self
 
     async def __aexit__(
@@ -106,30 +114,62 @@ class RegistryClient:
         if self._session is None:
             raise RuntimeError("use the client in `async with`")
         data = None if body is None else json.dumps(body).encode()
-        timeout = aiohttp.ClientTimeout(total=self._timeout + longer)
+        timeout = aiohttp.ClientTimeout(total=self._timeout + longer, sock_connect=CONNECT_TIMEOUT)
         try:
             # No redirects: a registry has none, and following one would carry the token elsewhere.
             async with self._session.request(
                 method, self._base + path, data=data, timeout=timeout, allow_redirects=False
             ) as response:
-                text = await response.text()
                 status = response.status
+                text = await self._body(response)
+        except aiohttp.ConnectionTimeoutError as error:
+            raise RegistryAway(
+                f"cannot reach the registry at {self.where}: no connection within {CONNECT_TIMEOUT:g} s"
+            ) from error
         except TimeoutError as error:
             raise RegistryAway(
                 f"the registry at {self.where} did not answer in {self._timeout + longer:g} s"
             ) from error
-        except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
-            raise RegistryAway(f"cannot reach the registry at {self.where}: {error}") from error
-        answer = _object(text)
+        except (aiohttp.ClientError, OSError) as error:
+            raise RegistryAway(f"cannot reach the registry at {self.where}: {_why(error)}") from error
+        answer = _object(text) if len(text) < LARGE else await asyncio.to_thread(_object, text)
         if 200 <= status < 300 or (status == 404 and missing_is_fine and "error" in answer):
             return status, answer
         if "error" in answer:
             raise RegistryRefused(status, str(answer.get("field", "")), str(answer["error"]))
         # Something else answers there, or an agent without these routes.
-        raise RegistryRefused(status, "", f"{self.where} answered {status}: {text[:200]!r}")
+        raise RegistryRefused(status, "", f"{self.where} answered {status}: {bytes(text[:200])!r}")
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        body = bytearray()
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_ANSWER:
+                most = f"more than {MAX_ANSWER >> 20} MiB"
+                raise RegistryRefused(response.status, "", f"{self.where} answered {most}")
+        return bytes(body)
 
 
-def _object(text: str) -> dict[str, Any]:
+def _lively(info: tuple[Any, ...]) -> socket.socket:
+    """A socket that notices within seconds that the other machine is gone, also while we wait for its answer and send
+    nothing: a machine that lost power says no goodbye.
+    """
+    made = socket.socket(*info[:3])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4000)
+    return made
+
+
+def _why(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    said = " ".join(str(error).split()) or type(error).__name__  # aiohttp's go over several lines
+    return os.strerror(number) if number and number > 0 else said
+
+
+def _object(text: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(text) if text else {}
     except (ValueError, RecursionError):

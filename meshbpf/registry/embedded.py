@@ -1,9 +1,5 @@
 """The embedded registry as a source of services: what its instances say, as whole snapshots; and its TCP listener.
 
-How instances become a service: each port name that an instance has is a port of the service, at the instance's
-`servicePort`. Where instances contradict each other the oldest is right, so that a newcomer cannot move a port under
-its callers. Addresses are left out: the runtime gives them from the pool (`registrar.store.addresses`).
-
 The listener accepts writes over TCP, so off loopback it needs a token. `listen: ""` means no listener; the agent's unix
 socket has the same routes.
 """
@@ -15,18 +11,17 @@ import errno
 import ipaddress
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
-from types import MappingProxyType
 
 from aiohttp import web
 
 from meshbpf.errors import Busy, ConfigError, MeshError
-from meshbpf.model import EmbeddedRegistry, Endpoint, Port, Protocol, Service
+from meshbpf.model import EmbeddedRegistry, Service
 from meshbpf.registry import api
-from meshbpf.registry.base import Snapshot
+from meshbpf.registry.base import Snapshot, read_token
 from meshbpf.registry.instance import Rules, ServiceId
 from meshbpf.registry.leases import Leases
 from meshbpf.registry.registrar import Registrar
+from meshbpf.registry.services import service_of
 from meshbpf.registry.store import Store
 
 COALESCE = 0.02  # seconds: a deployment registers many instances at once, and each snapshot is compared as a whole
@@ -44,38 +39,14 @@ def services_of(leases: Leases, known: Known | None = None) -> tuple[Service, ..
     for identity in leases.services():
         generation = leases.generation_of(identity)
         last = known.get(identity) if known is not None else None
-        found[identity] = (
-            last if last is not None and last[0] == generation else (generation, _service(leases, identity))
-        )
+        if last is None or last[0] != generation:
+            instances = [lease.instance for lease in leases.of(identity)]
+            last = (generation, service_of(identity, instances, SOURCE))
+        found[identity] = last
     if known is not None:
         known.clear()
         known.update(found)
     return tuple([service for _generation, service in found.values()])
-
-
-def _service(leases: Leases, identity: ServiceId) -> Service:
-    ports: dict[str, Port] = {}
-    taken: set[tuple[int, bool]] = set()
-    instances = [lease.instance for lease in leases.of(identity)]  # oldest first
-    for instance in instances:
-        for port_name, port in instance.ports.items():
-            number = (port.service_port, port.protocol is Protocol.UDP)
-            if port_name not in ports and number not in taken:
-                ports[port_name] = Port(port_name, port.service_port, port.protocol)
-                taken.add(number)
-    endpoints = tuple(
-        Endpoint(
-            address=instance.address,
-            ports=MappingProxyType({port_name: port.port for port_name, port in instance.ports.items()}),
-            weight=instance.weight,
-            zone=instance.zone,
-            labels=instance.labels,
-            source=SOURCE,
-        )
-        for instance in sorted(instances, key=lambda instance: instance.id)
-    )
-    in_order = tuple(sorted(ports.values(), key=lambda port: (port.port, port.name)))
-    return Service(*identity, ports=in_order, endpoints=endpoints, source=SOURCE)
 
 
 class EmbeddedSource:
@@ -159,22 +130,12 @@ def _listener(settings: EmbeddedRegistry) -> tuple[str, int, str] | None:
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError("Agent.spec.registries.embedded.listen", f'"{settings.listen}" is not HOST:PORT')
-    token = _token(settings.token_file) if settings.token_file else ""
+    token = read_token("Agent.spec.registries.embedded.tokenFile", settings.token_file)
     if not token and not _is_loopback(host):
         raise ConfigError(
             "Agent.spec.registries.embedded.tokenFile", f"is needed to listen on {host}, which others can reach"
         )
     return host, int(port), token
-
-
-def _token(path: str) -> str:
-    try:
-        token = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("Agent.spec.registries.embedded.tokenFile", f"{path}: {error}") from error
-    if not token:
-        raise ConfigError("Agent.spec.registries.embedded.tokenFile", f"{path} is empty")
-    return token
 
 
 def _is_loopback(host: str) -> bool:

@@ -187,15 +187,15 @@ def _next(content: Content, good: Snapshot, filled: frozenset[str]) -> Snapshot:
     must not take every service away for that moment.
     """
     if isinstance(content, str):
-        return replace(good, error=content)
+        return replace(good, error=content, stale=True)
     emptied = [file for file, text in content if not text and file in filled]
     if emptied:
         why = "is empty, so what it said before stays: write a comment into it if nothing is meant"
-        return replace(good, error="\n".join(f"{file}:1:1: {why}" for file in emptied))
+        return replace(good, error="\n".join(f"{file}:1:1: {why}" for file in emptied), stale=True)
     try:
         return _snapshot(content)
     except ConfigError as error:
-        return replace(good, error=str(error))
+        return replace(good, error=str(error), stale=True)
 
 
 def _snapshot(texts: Sequence[tuple[str, str]]) -> Snapshot:

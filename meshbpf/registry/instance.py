@@ -53,8 +53,8 @@ _ID = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9.:_-]*[A-Za-z0-9])?", re.ASCII)
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", re.ASCII)
 _ZONE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62})?", re.ASCII)
 _CHECK = re.compile(r"tcp|cmd(:.*)?|http:/.*", re.ASCII)
-_KEYS = frozenset({"address", "ports", "weight", "zone", "labels", "ttl", "check"})
-_PORT_KEYS = frozenset({"port", "protocol", "servicePort"})
+KEYS = frozenset({"address", "ports", "weight", "zone", "labels", "ttl", "check"})
+PORT_KEYS = frozenset({"port", "protocol", "servicePort"})
 
 ServiceId = tuple[str, str]  # (name, namespace)
 
@@ -148,7 +148,7 @@ def parse(service: str, id: str, body: object, rules: Rules) -> Instance | Refus
 def _instance(service: ServiceId, id: str, body: object, rules: Rules) -> Instance:
     if len(id) > MAX_ID or not _ID.fullmatch(id):
         raise _Bad("id", f"must be letters, digits and '.:_-', at most {MAX_ID} of them")
-    fields = _object("", body, _KEYS)
+    fields = _object("", body, KEYS)
     for needed in ("address", "ports"):
         if needed not in fields:
             raise _Bad(needed, "is missing")
@@ -233,7 +233,7 @@ def _ports(value: object, rules: Rules) -> Mapping[str, InstancePort]:
         where = f"ports.{name[:64]}"
         if not _LABEL.fullmatch(name):
             raise _Bad(where, "a port's name must be lower-case letters, digits and '-'")
-        entry = _object(where, value[name], _PORT_KEYS)
+        entry = _object(where, value[name], PORT_KEYS)
         port = _integer(f"{where}.port", entry.get("port"), 1, 65535)
         if port in rules.own_ports:
             raise _Bad(f"{where}.port", f"{port} is a port of meshbpf itself")

@@ -20,6 +20,7 @@ from meshbpf.registry.instance import Instance, Refusal, ServiceId
 
 MAX_PER_SERVICE = 1_000
 MAX_TOTAL = 10_000
+MAX_GENERATION = 2**53  # whole numbers beyond it are not the same in every JSON reader
 MAX_GONE = 10_000  # ended services whose generation is remembered
 MIN_GRACE = 10.0
 
@@ -48,16 +49,21 @@ class NoRoom(Refusal):
 
 
 def remaining_after_restart(instance: Instance, deadline: float, wall: float) -> float:
-    """How long a stored lease runs on when the registry starts at `wall`: at most its TTL, at least a grace.
+    """How long a stored lease runs on when the registry starts at `wall`: at most its TTL, at least `grace`. The cap
+    covers a wall clock that went backwards.
+    """
+    return min(instance.ttl, max(deadline - wall, grace(instance)))
+
+
+def grace(instance: Instance) -> float:
+    """How long an instance stays, although the registry has not heard of it since the registry came back.
 
     While the registry was away nobody could renew, so an overdue deadline says nothing about the instance, and dropping
     a healthy one costs requests where keeping a dead one only costs a retry. The grace is half the TTL (clients
     heartbeat every third of it), at least 10 s because clients back off while the registry is away, at most the TTL.
-    It is not always the full TTL, else a dead instance of a long TTL would outlive any number of restarts. The cap
-    covers a wall clock that went backwards.
+    It is not always the full TTL, else a dead instance of a long TTL would outlive any number of restarts.
     """
-    grace = min(instance.ttl, max(instance.ttl / 2, MIN_GRACE))
-    return min(instance.ttl, max(deadline - wall, grace))
+    return min(instance.ttl, max(instance.ttl / 2, MIN_GRACE))
 
 
 class Leases:

@@ -5,8 +5,9 @@ Rules of this file:
   others nor proxies. Whatever has queued up meanwhile is written in one transaction.
 - `write` returns when the change is on the disk (WAL, synchronous=FULL): a 2xx answer survives SIGKILL and power loss.
 - A store that cannot be used never stops the registry: it says so in `problem`, and `write` returns False. After a
-  passing fault (a full disk) the next write stores everything again; a corrupt or foreign file is left untouched,
-  since the addresses in it may be worth saving, and everything stays in memory until the next start.
+  passing fault (a full disk) the next write stores everything again; what a read-only disk holds counts all the same;
+  a corrupt or foreign file is left untouched, since the addresses in it may be worth saving, and everything stays in
+  memory until the next start.
 - One process per file (locking_mode=EXCLUSIVE): two agents on one file would give away each other's addresses.
 """
 
@@ -23,29 +24,14 @@ import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from meshbpf.registry.content import Change, Clear, Content, Count, Drop, Give, PutRow, Renew
+from meshbpf.registry import database
+from meshbpf.registry.content import Change, Content, Give
 from meshbpf.registry.instance import IPNetwork, ServiceId
 from meshbpf.registry.pool import PoolFull, choose_address
 
-LAYOUT = 1  # PRAGMA user_version; a file of a later layout is not touched
 LOCK_WAIT = 5.0  # seconds for a predecessor that is just leaving
 BATCH = 1000
 log = logging.getLogger("registry")
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS instances (
-    name TEXT NOT NULL, namespace TEXT NOT NULL, id TEXT NOT NULL, body TEXT NOT NULL, deadline REAL NOT NULL,
-    UNIQUE (name, namespace, id));
-CREATE TABLE IF NOT EXISTS addresses (
-    name TEXT NOT NULL, namespace TEXT NOT NULL, address TEXT NOT NULL UNIQUE, PRIMARY KEY (name, namespace));
-CREATE TABLE IF NOT EXISTS generation (one INTEGER PRIMARY KEY CHECK (one = 1), value INTEGER NOT NULL);
-"""
-_PUT = """INSERT INTO instances (name, namespace, id, body, deadline) VALUES (?, ?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET body = excluded.body, deadline = excluded.deadline"""
-_RENEW = "UPDATE instances SET deadline = ? WHERE name = ? AND namespace = ? AND id = ?"
-_DROP = "DELETE FROM instances WHERE name = ? AND namespace = ? AND id = ?"
-_GIVE = "INSERT INTO addresses VALUES (?, ?, ?) ON CONFLICT (name, namespace) DO UPDATE SET address = excluded.address"
-_COUNT = "INSERT INTO generation VALUES (1, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
 
 _Job = tuple[Sequence[Change], "concurrent.futures.Future[bool]"]
 
@@ -156,50 +142,43 @@ class Store:
 
     def _open(self) -> None:
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.touch(mode=0o600, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=self._lock_wait, isolation_level=None)
-            self._load(self._database)
-        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            self._give_up(error)
+            self._database = database.connect(self.path, self._lock_wait)
+            self._content = database.load(self._database)
+        except database.FAULTS as error:
+            self._give_up(error, database.rescued(self.path, error))
+            return
+        try:
+            database.prepare(self._database)
+        except sqlite3.Error as error:
+            if database.passing(error):
+                self._miss(error)
+            else:
+                self._give_up(error, None if database.locked(error) else self._content)
 
-    def _load(self, database: sqlite3.Connection) -> None:
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        (layout,) = database.execute("PRAGMA user_version").fetchone()
-        if layout > LAYOUT:
-            raise ValueError(f"it was written by a later version (layout {layout})")
-        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(f"damaged: {verdict}")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("BEGIN IMMEDIATE")  # takes the lock now, and shows now whether we may write
-        for statement in _SCHEMA.split(";"):
-            database.execute(statement)
-        database.execute(f"PRAGMA user_version = {LAYOUT}")
-        content = Content()
-        for name, namespace, id, body, deadline in database.execute(
-            "SELECT name, namespace, id, body, deadline FROM instances ORDER BY rowid"
-        ):
-            content.instances[(str(name), str(namespace), str(id))] = (str(body), float(deadline))
-        for name, namespace, address in database.execute("SELECT name, namespace, address FROM addresses"):
-            content.addresses[(str(name), str(namespace))] = str(ipaddress.ip_address(address))
-        for (value,) in database.execute("SELECT value FROM generation"):
-            content.generation = int(value)
-        database.execute("COMMIT")
-        self._content = content
-
-    def _give_up(self, error: Exception) -> None:
-        """Stay in memory until the next start."""
+    def _give_up(self, error: BaseException, content: Content | None) -> None:
+        """Stay in memory until the next start, with `content` if that much is known."""
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error):  # it is the connection that is broken
                 self._database.close()
             self._database = None
-        locked = "locked" in str(error)
-        why = "another process holds it" if locked else str(error) or type(error).__name__
-        remedy = "give each agent its own `store`" if locked else "make it writable, or move it away, and restart"
-        self.problem = f"registry store {self.path}: {why}; registrations are kept in memory only ({remedy})"
+        self._content = content or Content()
+        why = "another process holds it" if database.locked(error) else str(error) or type(error).__name__
+        held = "what it holds counts, " if content else ""
+        remedy = "make it writable, or move it away, and restart"
+        if database.locked(error):
+            remedy = "give each agent its own `store`"
+        elif database.passing(error):
+            remedy = "make room there, and restart"
+        self.problem = f"registry store {self.path}: {why}; {held}registrations are kept in memory only ({remedy})"
         log.error("%s", self.problem)
+
+    def _miss(self, error: sqlite3.Error) -> None:
+        """The file lacks something from here on, until a write succeeds."""
+        self._stale = True
+        problem = f"registry store {self.path}: {error}; the next change tries again"
+        if problem != self.problem:
+            log.error("%s", problem)
+        self.problem = problem
 
     def _commit(self, changes: Sequence[Change]) -> bool:
         for change in changes:
@@ -209,38 +188,14 @@ class Store:
         if not changes and not self._stale:
             return True
         try:
-            with self._database as database:  # commits, or rolls back when anything below raises
-                database.execute("BEGIN IMMEDIATE")
-                for change in self._content.changes() if self._stale else changes:
-                    _execute(database, change)
+            database.write(self._database, self._content.changes() if self._stale else changes)
         except sqlite3.OperationalError as error:  # a full disk, an I/O error: may pass
-            self._stale = True
-            problem = f"registry store {self.path}: {error}; the next change tries again"
-            if problem != self.problem:
-                log.error("%s", problem)
-            self.problem = problem
+            self._miss(error)
             return False
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._give_up(error, self._content)
             return False
         if self._stale:
             log.warning("registry store %s: written again, nothing is missing", self.path)
         self._stale, self.problem = False, ""
         return True
-
-
-def _execute(database: sqlite3.Connection, change: Change) -> None:
-    match change:
-        case PutRow(key, body, deadline):
-            database.execute(_PUT, (*key, body, deadline))
-        case Renew(key, deadline):
-            database.execute(_RENEW, (deadline, *key))
-        case Drop(key):
-            database.execute(_DROP, key)
-        case Give(service, address):
-            database.execute(_GIVE, (*service, address))
-        case Count(generation):
-            database.execute(_COUNT, (generation,))
-        case Clear():
-            database.execute("DELETE FROM instances")
-            database.execute("DELETE FROM addresses")

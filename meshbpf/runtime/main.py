@@ -17,17 +17,17 @@ from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource, read
 from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api, notify
-from meshbpf.runtime.agent import Agent, Options, split_listen
+from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.metrics import Metrics
-from meshbpf.runtime.sources import Sources, embedded_settings, last_generation
+from meshbpf.runtime.sources import Sources, embedded_settings, last_generation, registries
+from meshbpf.schema import addresses
 from meshbpf.tasks import spawn
 from userspace_proxy import accesslog
 
 
 def own_ports(mesh: Mesh) -> frozenset[int]:
     """Ports of ours that no instance may name as its own: it would lead callers into the mesh itself."""
-    listens = [mesh.agent.proxy.listen, mesh.agent.admin.listen, *(r.listen for r in mesh.agent.registries)]
-    return frozenset(split_listen(listen)[1] for listen in listens if listen)
+    return frozenset(port for _field, _host, port in addresses.listeners(mesh.agent))
 
 
 async def serve(options: Options, paths: Sequence[Path]) -> None:
@@ -46,7 +46,8 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         )
         embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
         await embedded.start()
-        sources = Sources(FileSource(paths, (content, said)), embedded, last_generation(options.instance))
+        files, generation = FileSource(paths, (content, said)), last_generation(options.instance)
+        sources = Sources(files, embedded, registries(configured.agent, embedded), generation)
         watchers = sources.start()
         mesh = await sources.first()
         agent = Agent(options, mesh)

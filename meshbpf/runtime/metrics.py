@@ -58,7 +58,7 @@ class Metrics:
             connections=self._connections(mesh),
             maps={name: (sum(1 for _key in plane.maps[name].keys()), plane.maps[name].size) for name in TABLES},  # noqa: SIM118
             endpoints=_endpoint_states(mesh),
-            ages={source["name"]: source["age_seconds"] for source in sources},
+            ages={source["name"]: source["stale_seconds"] for source in sources},
             generation=mesh.generation,
             build={"version": metadata.version("meshbpf"), "kernel": os.uname().release, "layout": plane.layout},
         )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loader.instance import Instance
 from meshbpf import garbage
-from meshbpf.model import EmbeddedRegistry, MapSizes, Mesh
-from meshbpf.registry import merge
+from meshbpf.model import Agent, EmbeddedRegistry, MapSizes, Mesh
+from meshbpf.registry import merge, recall
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource
+from meshbpf.registry.http import HttpSource
 from meshbpf.registry.instance import ServiceId
 from meshbpf.registry.store import Store
 from meshbpf.runtime import room
@@ -28,20 +29,61 @@ log = logging.getLogger("sources")
 
 @dataclass(slots=True)
 class Known:
-    """The last word of one source."""
+    """The last word of one source. Times are monotonic: the machine's clock may be set while we run."""
 
     source: Source
+    changed_at: float
     snapshot: Snapshot | None = None
-    changed_at: float = field(default_factory=time.time)
+    stale_since: float | None = None  # from here on it may know better than it has told us
+
+    def hear(self, snapshot: Snapshot, now: float) -> None:
+        before = self.snapshot
+        if before is None or _content(before) != _content(snapshot):
+            self.changed_at = now
+        if not snapshot.stale:
+            self.stale_since = None
+        elif self.stale_since is None:
+            self.stale_since = now
+        if snapshot.error and (before is None or before.error != snapshot.error):
+            what = "source keeps its last good state" if snapshot.stale else "source has a fault"
+            log.error("%s source=%s error=%s", what, self.source.name, snapshot.error)
+        elif before is not None and before.error and not snapshot.error:
+            log.info("source is well again source=%s", self.source.name)
+        self.snapshot = snapshot
+
+    def report(self, now: float) -> dict[str, Any]:
+        """`age_seconds` is since the last change, `stale_seconds` since when it gives no good answer."""
+        return {
+            "name": self.source.name,
+            "age_seconds": round(now - self.changed_at, 1),
+            "stale_seconds": 0.0 if self.stale_since is None else round(now - self.stale_since, 1),
+            "services": len(self.snapshot.services) if self.snapshot else 0,
+            "error": self.snapshot.error if self.snapshot else "has not answered yet",
+        }
+
+
+def _content(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, error="", stale=False)
 
 
 class Sources:
-    """`first` waits for every source's first word, then `meshes` yields each different mesh that follows."""
+    """`first` waits for every source's first word, then `meshes` yields each different mesh that follows.
 
-    def __init__(self, files: FileSource, embedded: EmbeddedSource, generation: int) -> None:
+    Files come first, then `registries` in the order of their precedence; `embedded` is one of them.
+    """
+
+    def __init__(
+        self,
+        files: FileSource,
+        embedded: EmbeddedSource,
+        registries: Sequence[Source],
+        generation: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.files = files
         self.embedded = embedded
-        self._known = [Known(self.files), Known(embedded)]
+        self._clock = clock
+        self._known = [Known(source, clock()) for source in (files, *registries)]
         self._news = asyncio.Event()
         self._generation = generation
         self._problems: tuple[str, ...] = ()
@@ -57,14 +99,7 @@ class Sources:
 
     async def _follow(self, known: Known) -> None:
         async for snapshot in known.source.watch():
-            before = known.snapshot
-            if before is None or replace(before, error="") != replace(snapshot, error=""):
-                known.changed_at = time.time()
-            if snapshot.error and (before is None or before.error != snapshot.error):
-                log.error("source keeps its last good state source=%s error=%s", known.source.name, snapshot.error)
-            elif before is not None and before.error and not snapshot.error:
-                log.info("source is well again source=%s", known.source.name)
-            known.snapshot = snapshot
+            known.hear(snapshot, self._clock())
             self._news.set()
 
     async def first(self) -> Mesh:
@@ -114,16 +149,20 @@ class Sources:
 
     def report(self) -> list[dict[str, Any]]:
         """What `status` shows of every source."""
-        now = time.time()
-        return [
-            {
-                "name": known.source.name,
-                "age_seconds": round(now - known.changed_at, 1),
-                "services": len(known.snapshot.services) if known.snapshot else 0,
-                "error": known.snapshot.error if known.snapshot else "has not answered yet",
-            }
-            for known in self._known
-        ]
+        now = self._clock()
+        return [known.report(now) for known in self._known]
+
+
+def registries(agent: Agent, embedded: EmbeddedSource) -> list[Source]:
+    """The configured ones in their order. What registers on this machine comes first where it has no place in it."""
+    store = embedded.settings.store
+    found: list[Source] = [
+        embedded
+        if isinstance(registry, EmbeddedRegistry)
+        else HttpSource(registry, keep=recall.place(store, registry.url))
+        for registry in agent.registries
+    ]
+    return found if embedded in found else [embedded, *found]
 
 
 async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
@@ -143,9 +182,7 @@ async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
 
 def embedded_settings(mesh: Mesh, instance: str) -> EmbeddedRegistry:
     """The configured embedded registry, or one that only the agent's unix socket reaches."""
-    if mesh.agent.registries:
-        return mesh.agent.registries[0]
-    return EmbeddedRegistry(listen="", store=f"/var/lib/meshbpf/{instance}.db")
+    return mesh.agent.embedded or EmbeddedRegistry(listen="", store=f"/var/lib/meshbpf/{instance}.db")
 
 
 def last_generation(instance: Instance) -> int:

@@ -100,11 +100,10 @@ def layer4(protocol: Protocol) -> str:
 @lru_cache(maxsize=16)
 def listeners(agent: Agent) -> tuple[tuple[str, str, int], ...]:
     """(field, address, port) of everything the agent listens on."""
-    return (
-        ("proxy.listen", *split(agent.proxy.listen)),
-        ("admin.listen", *split(agent.admin.listen)),
-        *(("registries.embedded.listen", *split(registry.listen)) for registry in agent.registries),
-    )
+    ours = (("proxy.listen", *split(agent.proxy.listen)), ("admin.listen", *split(agent.admin.listen)))
+    if agent.embedded is None:
+        return ours
+    return (*ours, ("registries.embedded.listen", *split(agent.embedded.listen)))
 
 
 @lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ from meshbpf.model import (
     AdminSettings,
     Agent,
     EmbeddedRegistry,
+    HttpRegistry,
     MapSizes,
     ProxySettings,
 )
@@ -48,15 +49,27 @@ def read(document: Fields, at: Mark) -> AgentDocument:
     return AgentDocument(agent, at, registry=spec.has("registries") and bool(spec.value("registries")))
 
 
-def _registries(spec: Fields) -> tuple[EmbeddedRegistry, ...]:
-    found = []
+def _registries(spec: Fields) -> tuple[EmbeddedRegistry | HttpRegistry, ...]:
+    found: list[EmbeddedRegistry | HttpRegistry] = []
+    first: dict[str, str] = {}  # what there may be once → where it is
     for item in spec.mappings("registries"):
         kinds = item.keys()
         if len(kinds) != 1:
             item.report.add(item.at, f"{item.path} must name one registry, for example embedded: {{}}")
+        for kind in ("embedded", "http"):
+            item.value(kind)  # known, also where it is not
         if "embedded" in kinds:
             found.append(_embedded(item.below("embedded")))
+            _once("an embedded registry", item, first)
+        if "http" in kinds and (registry := _http(item.below("http"))) is not None:
+            found.append(registry)
+            _once(f"the registry at {registry.url}", item, first)
     return tuple(found)
+
+
+def _once(what: str, item: Fields, first: dict[str, str]) -> None:
+    if (before := first.setdefault(what, item.path)) != item.path:
+        item.report.add(item.at, f"{item.path} is {what}, and so is {before}: remove one")
 
 
 def _embedded(fields: Fields) -> EmbeddedRegistry:
@@ -74,6 +87,41 @@ def _embedded(fields: Fields) -> EmbeddedRegistry:
         # Off loopback other machines write, and their 127.0.0.1 is not ours: only when asked for (INTERFACE).
         allow_loopback=fields.flag("allowLoopback", default.allow_loopback if loopback else False),
     )
+
+
+def _http(fields: Fields) -> HttpRegistry | None:
+    """None when there is no usable URL, which is reported."""
+    default = HttpRegistry("")
+    registry = HttpRegistry(
+        url=_url(fields),
+        token_file=_path(fields, "tokenFile", default.token_file),
+        allow_loopback=fields.flag("allowLoopback", default.allow_loopback),
+    )
+    return registry if registry.url else None
+
+
+def _url(fields: Fields) -> str:
+    """Its one spelling; empty when it is wrong, which is reported. It names the source in `status`, so it has no path
+    and no password.
+    """
+    expected = "http://ADDRESS:PORT of another agent's embedded registry"
+    if not fields.required("url", expected) or not isinstance(fields.value("url"), str):
+        fields.text("url")  # says that it is none
+        return ""
+    text = fields.text("url")
+    scheme, _, place = text.partition("://")
+    try:
+        host, port = addresses.split(place.removesuffix("/"))
+    except ValueError:
+        fields.wrong("url", f"{expected} (names are not resolved, IPv6 stands in brackets)")
+        return ""
+    if scheme.lower() != "http":
+        fields.wrong("url", f"{expected}, which speaks plain HTTP")
+    elif why := addresses.unusable(host):
+        fields.wrong("url", f"{expected}: {host} is {why}")
+    else:
+        return f"http://{addresses.joined(host, port)}"
+    return ""
 
 
 def _proxy(fields: Fields) -> ProxySettings:

@@ -18,7 +18,6 @@ KINDS: Mapping[str, str] = {
 
 # Field of a kind, without list positions; `field=WORD` is one word of a field which has others.
 FIELDS: Mapping[str, str] = {
-    "Agent.spec.registries.http": "the registry of another agent",
     "Agent.spec.registries.etcd": "the etcd registry",
     "Agent.spec.registries.zookeeper": "the ZooKeeper registry",
     "Agent.spec.registries.kubernetes": "the Kubernetes registry",

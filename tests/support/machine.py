@@ -176,13 +176,15 @@ class Machine:
         arguments = ["run", "--cgroup", str(self.cgroup), "-c", str(self.folder / "config")]
         return self.meshbpf(*arguments, "--instance", self.instance.name, *more)
 
-    def run_agent(self, *more: str, cgroup: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start `meshbpf run` and wait until it says that it is ready."""
+    def run_agent(self, *more: str, cgroup: Path | None = None, through: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start `meshbpf run` and wait until it says that it is ready. `through`: a command that becomes it elsewhere,
+        in other namespaces.
+        """
         arguments = ["--cgroup", str(self.cgroup), "-c", str(self.folder / "config")]
         with self.agent_log.open("ab") as log:
             begin = log.tell()
             self.agent = subprocess.Popen(
-                self._joined([*CLI, "run", *arguments, "--instance", self.instance.name, *more], cgroup),
+                self._joined([*through, *CLI, "run", *arguments, "--instance", self.instance.name, *more], cgroup),
                 stderr=log, stdout=log, cwd=ROOT,
             )  # fmt: skip
         self._processes.append(self.agent)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from meshbpf import durations
-from meshbpf.model import Agent, EmbeddedRegistry, Endpoint, Port, Service, ServicePolicy
+from meshbpf.model import Agent, EmbeddedRegistry, Endpoint, HttpRegistry, Port, Service, ServicePolicy
 from meshbpf.schema import later, parse
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
@@ -61,6 +61,8 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "Agent": {
         **dict(fields("spec", Agent())),
         **dict(fields("spec.registries[].embedded", EmbeddedRegistry())),
+        **dict(fields("spec.registries[].http", HttpRegistry(""))),
+        "spec.registries[].http.url": REQUIRED,
     },
     "Service": {
         **METADATA,

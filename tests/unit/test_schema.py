@@ -19,6 +19,7 @@ from meshbpf.model import (
     EmbeddedRegistry,
     Endpoint,
     HttpPool,
+    HttpRegistry,
     LoadBalancer,
     MapSizes,
     Mode,
@@ -39,6 +40,7 @@ kind: Agent                       # at most one; every field has a default
 spec:
   registries:                     # besides the files of -c, in order of precedence
     - embedded: {listen: 127.0.0.1:15010, store: /var/lib/meshbpf/registry.db}
+    - http: {url: http://127.0.0.1:15010, tokenFile: /run/secrets/mesh}
   addressPool: 127.96.0.0/16
   proxy: {listen: 127.0.0.1:15001, workers: 1, drain: 5s}
   admin: {listen: 127.0.0.1:15020}
@@ -116,14 +118,15 @@ def policy(spec: str) -> str:
 
 def test_the_example_of_the_contract_is_the_model_with_its_defaults() -> None:
     parsed = parse([("mesh.yaml", CONTRACT)])
-    assert parsed.agent == Agent(registries=(EmbeddedRegistry(),))
-    endpoint = Endpoint("127.0.0.1", {"http": 8081}, 100, "a", {"version": "v1"}, source="mesh.yaml:21:7")
+    other = HttpRegistry("http://127.0.0.1:15010", "/run/secrets/mesh")
+    assert parsed.agent == Agent(registries=(EmbeddedRegistry(), other))
+    endpoint = Endpoint("127.0.0.1", {"http": 8081}, 100, "a", {"version": "v1"}, source="mesh.yaml:22:7")
     ports = (Port("http", 80, Protocol.HTTP),)
     orders = Service(
-        "orders", "default", {"team": "shop"}, ("127.96.0.10",), ports, (endpoint,), source="mesh.yaml:15:18"
+        "orders", "default", {"team": "shop"}, ("127.96.0.10",), ports, (endpoint,), source="mesh.yaml:16:18"
     )
     assert parsed.services == (orders,)
-    assert parsed.policies == (ServicePolicy("orders", service="orders", source="mesh.yaml:25:18"),)
+    assert parsed.policies == (ServicePolicy("orders", service="orders", source="mesh.yaml:26:18"),)
 
 
 @pytest.mark.parametrize("text", ["", "---\n---\n", "# nothing\n"])
@@ -146,7 +149,8 @@ def test_every_field_reaches_the_model() -> None:
             (
                 "etc/mesh.yaml",
                 agent(
-                    "{registries: [{embedded: {listen: '[::]:25010', store: r.db, tokenFile: token}}],"
+                    "{registries: [{http: {url: 'HTTP://[2001:DB8::0:7]:25010/', tokenFile: t, allowLoopback: true}},"
+                    " {embedded: {listen: '[::]:25010', store: r.db, tokenFile: token}}],"
                     " addressPool: fd00:96::/64, proxy: {listen: '127.0.0.1:25001', workers: 4, drain: 1m},"
                     " admin: {listen: '0.0.0.0:25020'}, acceleration: off, accessLog: {format: text, path: log/a.log},"
                     " maps: {services: 1, slots: 2, endpoints: 3, policies: 4, flows: 5, members: 6}}"
@@ -164,7 +168,10 @@ def test_every_field_reaches_the_model() -> None:
         ]
     )
     assert parsed.agent == Agent(
-        registries=(EmbeddedRegistry("[::]:25010", "etc/r.db", "etc/token", allow_loopback=False),),
+        registries=(
+            HttpRegistry("http://[2001:db8::7]:25010", "etc/t", allow_loopback=True),
+            EmbeddedRegistry("[::]:25010", "etc/r.db", "etc/token", allow_loopback=False),
+        ),
         address_pool="fd00:96::/64",
         proxy=ProxySettings("127.0.0.1:25001", 4, 60.0),
         admin=AdminSettings("0.0.0.0:25020"),
@@ -226,7 +233,7 @@ def test_every_reserved_field_has_been_tried() -> None:
         (agent(f"{{registries: [{{{kind}: {{}}}}]}}"),
          f"3:22: {later.FIELDS[f'Agent.spec.registries.{kind}']}: reserved, but this version does not enforce it yet: "
          f"remove spec.registries[0].{kind}")
-        for kind in ("http", "etcd", "zookeeper", "kubernetes", "consul")
+        for kind in ("etcd", "zookeeper", "kubernetes", "consul")
     ] + [
         (f"kind: {kind}\n", f"1:7: {what}: reserved, but this version does not enforce it yet: remove this document")
         for kind, what in later.KINDS.items()
@@ -285,8 +292,7 @@ def test_a_refusal_names_the_place_and_the_remedy(text: str, expected: str) -> N
         (agent("{registries: [{embedded: {allowLoopback: 1}}]}"),
          "3:48: spec.registries[0].embedded.allowLoopback must be true or false, got 1"),
         (agent("{registries: [{embedded: {}}, {embedded: {}}]}"),
-         "3:20: spec.registries.embedded.listen and spec.registries.embedded.listen are both on port 15010: give one "
-         "another port"),
+         "3:37: spec.registries[1] is an embedded registry, and so is spec.registries[0]: remove one"),
         (agent("{addressPool: 127.96.0.1/16}"),
          '3:21: spec.addressPool must be a network like 127.96.0.0/16 (did you mean "127.96.0.0/16"?), got '
          '"127.96.0.1/16"'),

@@ -6,7 +6,6 @@ import ipaddress
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,75 +75,6 @@ asyncio.run(main())
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
     assert (await reopened(path)).instances == {A: ("{}", 5.0)}
-
-
-@pytest.mark.parametrize("content", [b"this is no database" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
-async def test_a_corrupt_file_is_left_untouched_and_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "registry.db"
-    path.write_bytes(content)
-    store = Store(path)
-    assert await store.open() == Content()
-    assert str(path) in store.problem
-    assert "memory only" in store.problem
-    assert not await store.write([PutRow(A, "{}", 1.0)])
-    given = await store.addresses([("orders", "default")], POOL)
-    assert await store.addresses([("orders", "default")], POOL) == given
-    await store.close()
-    assert path.read_bytes() == content
-
-
-async def test_damage_inside_a_valid_file_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "registry.db"
-    store = Store(path)
-    await store.open()
-    await store.write([PutRow(("orders", "default", str(number)), "x" * 500, 1.0) for number in range(200)])
-    await store.close()
-    data = bytearray(path.read_bytes())
-    data[8192:40960] = b"\xa5" * (40960 - 8192)
-    path.write_bytes(data)
-    store = Store(path)
-    assert await store.open() == Content()
-    assert "memory only" in store.problem
-    await store.close()
-
-
-@pytest.mark.parametrize("place", ["/proc/meshbpf/registry.db", "/dev/null/registry.db"])
-async def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
-    store = Store(place)
-    assert await store.open() == Content()
-    assert place in store.problem
-    assert not await store.write([Count(1)])
-    await store.close()
-
-
-@pytest.mark.parametrize("with_file", [True, False])
-async def test_a_read_only_directory_is_named(with_file: bool) -> None:
-    program = """
-import asyncio, os, sys
-from meshbpf.registry.content import Count
-from meshbpf.registry.store import Store
-if os.geteuid() == 0:
-    os.seteuid(65534)  # root may write everywhere
-async def main():
-    store = Store(sys.argv[1])
-    await store.open()
-    print(store.problem, await store.write([Count(1)]))
-    await store.close()
-asyncio.run(main())
-"""
-    with tempfile.TemporaryDirectory() as directory:  # not tmp_path, whose parents are for one user only
-        path = Path(directory) / "registry.db"
-        if with_file:
-            store = Store(path)
-            await store.open()
-            await store.close()
-            path.chmod(0o444)
-        Path(directory).chmod(0o555)
-        said = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-        Path(directory).chmod(0o755)
-    assert str(path) in said.stdout
-    assert "memory only" in said.stdout
-    assert said.stdout.endswith("False\n")
 
 
 async def test_a_file_of_a_later_version_is_not_touched(tmp_path: Path) -> None:

@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbpf import wire
-from meshbpf.model import Endpoint, EndpointState, Mesh, OnProxyDown, Port, Protocol, Service, ServicePolicy
+from meshbpf.model import (
+    Agent,
+    EmbeddedRegistry,
+    Endpoint,
+    EndpointState,
+    HttpRegistry,
+    Mesh,
+    OnProxyDown,
+    Port,
+    Protocol,
+    Service,
+    ServicePolicy,
+)
 
 text = st.text("abcxyz0-", min_size=1, max_size=5)
 ports = st.builds(Port, text, st.integers(1, 65535), st.sampled_from(Protocol))
@@ -38,6 +50,15 @@ meshes = st.builds(
 @given(meshes)
 def test_a_mesh_comes_back_equal(mesh: Mesh) -> None:
     assert wire.decode(Mesh, json.loads(json.dumps(wire.encode(mesh)))) == mesh
+
+
+def test_a_registry_comes_back_as_what_it_was() -> None:
+    mesh = Mesh(Agent(registries=(HttpRegistry("http://192.0.2.1:1", "token"), EmbeddedRegistry())))
+    assert wire.decode(Mesh, json.loads(json.dumps(wire.encode(mesh)))) == mesh
+    other = wire.encode(mesh)
+    other["agent"]["registries"][0] = {"url": "http://192.0.2.1:1"}
+    with pytest.raises(KeyError):
+        wire.decode(Mesh, other)
 
 
 def test_what_comes_back_is_frozen() -> None:
