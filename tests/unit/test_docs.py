@@ -9,7 +9,7 @@ import pytest
 
 from loader import trials
 from meshbpf.cli import findings
-from meshbpf.reason import Reason
+from meshbpf.reason import REMEDY, Reason
 
 ROOT = Path(__file__).resolve().parents[2]
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -26,6 +26,14 @@ def test_every_check_id_is_documented(id: str) -> None:
 @pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.word)
 def test_every_reason_is_documented(reason: Reason) -> None:
     assert reason.word in ROWS
+
+
+@pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.word)
+def test_a_reason_s_remedy_is_the_same_here_and_there(reason: Reason) -> None:
+    """What `meshbpf reasons` advises stands in the last cell; where it advises nothing, so does the cell."""
+    (row,) = re.findall(rf"^\| `{reason.word}` \|.*\| (.*) \|$", TROUBLESHOOTING, re.M)
+    said = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", row).replace("`", "")
+    assert said == REMEDY[reason] if reason in REMEDY else said.startswith("nothing")
 
 
 def test_nothing_is_documented_that_is_gone() -> None:
