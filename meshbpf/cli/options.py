@@ -41,6 +41,7 @@ InstanceName = Annotated[
         "--instance", callback=_instance_name, help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE"
     ),
 ]
+ServiceName = Annotated[str | None, typer.Argument(help="only this service: name or name.namespace")]
 AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
 Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml", envvar="MESHBPF_OUTPUT")]
 
