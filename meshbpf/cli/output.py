@@ -14,9 +14,9 @@ import yaml
 
 from meshbpf.cli import layout
 from meshbpf.cli.layout import Column, Screen
+from meshbpf.cli.options import FORMATS
 
 SCHEMA_VERSION = 1
-FORMATS = ("table", "wide", "json", "yaml")
 
 
 def check_format(form: str, more: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ import typer
 from loader import abi, dataplane, environment
 from loader.dataplane import Dataplane
 from loader.instance import Instance
-from meshbpf.cli import ask, columns, layout, output, view
+from meshbpf.cli import ask, columns, completion, layout, output, view
 from meshbpf.cli import explain as explaining
 from meshbpf.cli.options import InstanceName, Output, ServiceName
 from meshbpf.errors import NotFound
@@ -74,7 +74,9 @@ def endpoints(
 
 
 def explain(
-    target: Annotated[str, typer.Argument(help="a service, SERVICE:PORT or ADDRESS:PORT")],
+    target: Annotated[
+        str, typer.Argument(help="a service, SERVICE:PORT or ADDRESS:PORT", autocompletion=completion.services)
+    ],
     instance: InstanceName = "default",
     form: Output = "table",
 ) -> None:
