@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from loader import trials
+from meshbpf import cli
 from meshbpf.cli import findings
 from meshbpf.reason import REMEDY, Reason
 
@@ -39,6 +41,12 @@ def test_a_reason_s_remedy_is_the_same_here_and_there(reason: Reason) -> None:
 def test_nothing_is_documented_that_is_gone() -> None:
     known = {reason.word for reason in Reason} | set(findings.CATALOGUE) | set(map(findings.self_test_id, SELF_TEST))
     assert known >= HEADINGS | ROWS
+
+
+def test_every_command_is_documented() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text().partition("\n## ")[0]
+    commands = {command.name for command in typer.main.get_command(cli.app).commands.values()}  # type: ignore[attr-defined]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == commands
 
 
 def test_readme_fits_a_terminal() -> None:
