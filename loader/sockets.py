@@ -1,8 +1,8 @@
 """Open TCP connections that connect led, with what it decided of each: from the storage of the sockets themselves.
 
-The kernel hands a socket's storage out with the socket when inet_diag is asked for it (what `ss` uses, since Linux
-5.7), so nothing is kept, counted or followed for it while connections come and go; whoever asks pays, about a
-microsecond per socket of the namespace. Works in the calling thread's network namespace.
+The kernel hands a socket's storage out with the socket when inet_diag is asked for it (what `ss` uses; since Linux
+5.7), so nothing is kept, counted or followed for it while connections come and go: whoever asks pays, for every TCP
+socket of the namespace. Works in the calling thread's network namespace.
 """
 
 from __future__ import annotations
