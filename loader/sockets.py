@@ -15,18 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader import abi, libbpf
+from loader.sockdiag import SockDiag
 from meshbpf.errors import DataplaneError
 
-NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, DUMP = 4, 20, 0x301  # NLM_F_REQUEST | NLM_F_DUMP
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-MESSAGE = struct.Struct("=IHHII")  # nlmsghdr
 ATTRIBUTE = struct.Struct("=HH")  # nlattr; its type's upper bits are flags
-REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, extensions, states, any socket
 ANSWER = struct.Struct("=BBBB2s2s16s16s12x4xIIII")  # inet_diag_msg: …, ports and addresses, …, expires … uid, inode
 WANT_STORAGES, WANT_MAP = 2, 1  # INET_DIAG_REQ_SK_BPF_STORAGES, SK_DIAG_BPF_STORAGE_REQ_MAP_FD
 STORAGES, STORAGE, VALUE = 20, 1, 3  # INET_DIAG_SK_BPF_STORAGES, SK_DIAG_BPF_STORAGE, …_MAP_VALUE
 ALL_BUT_LISTEN = 0xFFF & ~(1 << 10)
-BUFFER = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +42,20 @@ class Led:
 def led(maps_folder: Path) -> list[Led]:
     """Of this namespace. Raises DataplaneError where the kernel does not tell."""
     table = libbpf.get(maps_folder / "origins")
+    want = _attribute(WANT_STORAGES, _attribute(WANT_MAP, struct.pack("=I", table)))
+    families = (socket.AF_INET, socket.AF_INET6)
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as wire:
-            return [one for family in (socket.AF_INET, socket.AF_INET6) for one in _ask(wire, family, table)]
+        with SockDiag() as diag:
+            answers = (a for family in families for a in diag.every(family, socket.IPPROTO_TCP, ALL_BUT_LISTEN, want))
+            return [found for found in map(read, answers) if found is not None]
     except OSError as error:
-        raise DataplaneError(f"cannot list sockets: {error.strerror}") from error
+        raise DataplaneError(f"cannot list sockets: {error}") from error
     finally:
         os.close(table)
 
 
 def _attribute(kind: int, body: bytes) -> bytes:
     return ATTRIBUTE.pack(ATTRIBUTE.size + len(body), kind) + body
-
-
-def _ask(wire: socket.socket, family: int, table: int) -> Iterator[Led]:
-    body = REQUEST.pack(family, socket.IPPROTO_TCP, 0, ALL_BUT_LISTEN)
-    body += _attribute(WANT_STORAGES, _attribute(WANT_MAP, struct.pack("=I", table)))
-    wire.send(MESSAGE.pack(MESSAGE.size + len(body), SOCK_DIAG_BY_FAMILY, DUMP, 1, 0) + body)
-    while True:
-        data = wire.recv(BUFFER)
-        at = 0
-        while at + MESSAGE.size <= len(data):
-            size, kind, _flags, _number, _port = MESSAGE.unpack_from(data, at)
-            if kind == NLMSG_DONE:
-                return
-            if kind == NLMSG_ERROR:
-                number = -struct.unpack_from("=i", data, at + MESSAGE.size)[0]
-                raise OSError(number, os.strerror(number))
-            if (found := read(data[at + MESSAGE.size : at + size])) is not None:
-                yield found
-            at += (size + 3) & ~3
 
 
 def read(answer: bytes) -> Led | None:

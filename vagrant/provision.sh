@@ -33,7 +33,10 @@ list() {
 			printf '%s\n' bpftool
 		fi
 		;;
-	test) printf '%s\n' curl=curl gcc libc6-dev nodejs=node prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk && list image ;;
+	test)
+		printf '%s\n' bind9-dnsutils=dig curl=curl dnsmasq-base=dnsmasq gcc libc6-dev nodejs=node prometheus=promtool \
+			systemd=systemctl tcpdump=tcpdump wrk=wrk && list image
+		;;
 	image) printf '%s\n' crun=crun debian-archive-keyring debootstrap=debootstrap podman=podman ;;
 	bench) printf '%s\n' nginx-light=nginx wrk=wrk ;;
 	vm) printf '%s\n' cpio debian-archive-keyring debootstrap qemu-system-x86=qemu-system-x86_64 xz-utils zstd ;;

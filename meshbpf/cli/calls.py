@@ -8,6 +8,7 @@ nothing may be done for each of them: of those, an edge has the open ones only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,9 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One open connection and who is behind it. `endpoint` is where connect led it; empty where that was the proxy."""
+    """One open connection and who is behind it. `endpoint` is where connect led it; empty where that was the proxy.
+    `client` and `asked` are not known of UDP.
+    """
 
     service_id: int
     carrier: Carrier
@@ -43,11 +46,13 @@ def names(plane: Dataplane, mesh: Mesh) -> Names:
     return service_names(dict(plane.maps["services"].items()), mesh)
 
 
-def clients(plane: Dataplane, sockets: Sequence[Led] | None) -> list[Client]:
-    """Governed ones from `flows`, which needs no rights over other namespaces; direct ones from the sockets, None where
-    those could not be asked.
+def clients(plane: Dataplane, sockets: Sequence[Led] | None, cgroup_of: Callable[[int], int]) -> list[Client]:
+    """Governed ones from `flows`, which needs no rights over other namespaces; direct ones of TCP from the sockets,
+    None where those could not be asked; connected UDP sockets from their table, which knows a process and no cgroup:
+    `cgroup_of` gives that, 0 when the process is gone.
     """
     found = [_flow(key, value) for key, value in plane.maps["flows"].items()]
+    found += [_datagrams(value, cgroup_of) for _cookie, value in plane.maps["connected"].items()]
     found += [
         Client(
             led.service_id, Carrier.DIRECT, led.cgroup, led.pid, led.netns, joined(*led.client), joined(*led.asked),
@@ -67,13 +72,22 @@ def _flow(raw_key: bytes, raw_value: bytes) -> Client:
     )  # fmt: skip
 
 
+def _datagrams(raw: bytes, cgroup_of: Callable[[int], int]) -> Client:
+    value = abi.Connected.from_buffer_copy(raw)
+    given = joined(abi.unpack_address(value.given), value.given_port)
+    return Client(value.service_id, Carrier.DIRECT, cgroup_of(value.pid), value.pid, value.netns, "", "", given)
+
+
 def connections(plane: Dataplane, known: Names, only: Service | None = None) -> Rows:
-    """Per service port and carrier that has ever had one: how many are open."""
+    """Per service port and carrier that has ever had one: how many are open. Of UDP: sockets that are connected now."""
     rows: Rows = []
     counts = plane.connections()
+    datagrams = Counter(abi.Connected.from_buffer_copy(raw).service_id for _key, raw in plane.maps["connected"].items())
     for service_id, (service, port) in sorted(known.items(), key=lambda item: (item[1][0].label, item[1][1].port)):
         if only is not None and service.id != only.id:
             continue
+        if sockets := datagrams[service_id]:
+            rows.append({**_port(service, port), "carrier": Carrier.DIRECT.value, "open": sockets, "opened": None})
         held = counts.get(service_id, (0, 0, 0, 0))
         for carrier, place in CARRIERS:
             if opened := held[place]:
@@ -100,8 +114,9 @@ def client_rows(
         of = _port(service, port) if service is not None and port is not None else {"service": None, "port": None}
         rows.append(
             {
-                **of, "carrier": one.carrier.value, "client": one.client, "workload": label(one.cgroup), "pid": one.pid,
-                "asked": one.asked, "endpoint": one.endpoint or None, "cgroup": path(one.cgroup) or None,
+                **of, "carrier": one.carrier.value, "client": one.client or None,
+                "workload": label(one.cgroup) if one.cgroup else None, "pid": one.pid,
+                "asked": one.asked or None, "endpoint": one.endpoint or None, "cgroup": path(one.cgroup) or None,
                 "cgroup_id": one.cgroup, "netns": one.netns,
             }
         )  # fmt: skip
@@ -121,7 +136,7 @@ def edges(found: Iterable[dict[str, Any]], counts: Mapping[str, Any] | None, dir
         return rows.setdefault((workload, service, carrier), fresh)
 
     for one in found:
-        if one["service"] is not None:
+        if one["service"] is not None and one["workload"] is not None:
             row(one["workload"], one["service"], one["carrier"])["open"] += 1
     said = counts or {}
     for _direction, workload, service, carrier, count in said.get("connections_total", ()):

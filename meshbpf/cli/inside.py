@@ -103,8 +103,18 @@ def _clients(
     cgroups = [Path(path) for path in instance.read_state()["cgroups"]]
     workloads = Workloads(environment.cgroup2(), cgroups)
     found, lack = _sockets(plane, cgroups)
-    rows = calls.client_rows(calls.clients(plane, found), known, workloads, workloads.path, only)
+    rows = calls.client_rows(calls.clients(plane, found, _cgroup_of), known, workloads, workloads.path, only)
     return rows, lack
+
+
+def _cgroup_of(pid: int) -> int:
+    """The id of the cgroup that a process is in; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        below = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+        return 0 if below is None else (environment.cgroup2() / below).stat().st_ino
+    except OSError:
+        return 0
 
 
 def _sockets(plane: Dataplane, cgroups: Sequence[Path]) -> tuple[list[sockets.Led] | None, str]:

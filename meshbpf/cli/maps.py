@@ -50,6 +50,10 @@ CATALOGUE: Mapping[str, About] = {
     "connections": About("service id", "opened, closed by carrier (per CPU)", "sockops", "agent, CLI"),
     "counters": About("program, reason", "verdicts (per CPU)", "all programs", "agent, CLI"),
     "events": About("ring", "a caller in a namespace without listener", "connect", "agent"),
+    "serving": About("service id, endpoint id", "an endpoint of a UDP port", "loader", "sendmsg"),
+    "connected": About("socket cookie", "a connected UDP socket and its endpoint", "connect, release", "agent, CLI"),
+    "talks": About("UDP socket, service address", "its endpoint", "sendmsg, recvmsg", "the same"),
+    "answers": About("UDP socket, endpoint", "the service address it asked for", "sendmsg", "recvmsg"),
     "socks": About("pair, side", "socket (sockhash)", "command", "redirect"),
     "members": About("socket storage", "the pair a socket is in, and what it sent", "command, redirect", "redirect"),
     "pairs": About(

@@ -52,9 +52,6 @@ def put_in(
     """
     from meshbpf.registration import registration
 
-    for text in port:
-        if text.endswith("/udp"):
-            raise typer.BadParameter(f"{text}: UDP is not carried yet", param_hint="--port")
     try:
         wanted = registration(
             service, port, address=address, service_port=service_port, ttl=ttl, check=check, interval=interval, id=id,

@@ -11,7 +11,6 @@ import typer
 
 from loader.dataplane import Dataplane
 from loader.instance import Instance
-from loader.plan import TABLES
 from meshbpf.carrier import Carrier
 from meshbpf.cli import ask, calls, columns, layout, output, view
 from meshbpf.cli.findings import nearly_full
@@ -21,7 +20,8 @@ from meshbpf.cli.output import age, counted
 from meshbpf.cli.read import opened
 from meshbpf.model import Mesh
 
-SHOWN = (*TABLES, "flows")
+FILLED = ("services", "policies", "slots", "endpoints")  # by a mesh, which is refused when it does not fit
+SHOWN = (*FILLED, "flows")
 OF_AGENT = ("pid", "ready", "workers", "restarts", "acceleration", "namespaces")
 
 
@@ -80,7 +80,7 @@ def warnings(fills: Iterable[tuple[str, int, int]]) -> list[str]:
     """Tables that will soon refuse a mesh. `flows` refuses none: what is oldest in it goes."""
     return [
         f"map {name} is {100 * entries / room:.1f}% full: raise Agent.spec.maps.{name}, then attach or run again"
-        for name, entries, room in nearly_full(fill for fill in fills if fill[0] in TABLES)
+        for name, entries, room in nearly_full(fill for fill in fills if fill[0] in FILLED)
     ]
 
 

@@ -181,3 +181,23 @@ def test_diff_says_what_applying_would_change(machine: Machine) -> None:
     assert diff()[0] == 79, "from pins alone"
     done = machine.meshbpf("diff", config, "--instance", f"{machine.instance.name}-x")
     assert (done.returncode, done.stdout) == (1, "") and "is not attached" in done.stderr
+
+
+def test_who_holds_a_connected_udp_socket(machine: Machine) -> None:
+    machine.configure(service("dns", RAW, [5353], protocol="udp", port=53))
+    machine.attach()
+    code = (
+        "import socket, sys; s = socket.socket(type=socket.SOCK_DGRAM); s.connect(('127.96.0.11', 53));"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = machine.start_client(sys.executable, "-c", code, **pipes)
+    assert process.stdout.readline() == "held\n"
+    (row,) = clients(machine)
+    assert (row["service"], row["port"], row["carrier"], row["endpoint"]) == (
+        "dns", "53/udp", "direct", "127.0.0.1:5353",
+    )  # fmt: skip
+    assert (row["pid"], row["workload"], row["client"]) == (process.pid, f"/{machine.cgroup.name}", None)
+    assert [row["open"] for row in machine.show("connections")["connections"]] == [1]
+    release(process)
+    until(lambda: not clients(machine), "it is closed")

@@ -16,7 +16,8 @@ from tests.support.plane import FakeMap, FakePlane, attached
 
 ORDERS = Service("orders", addresses=("127.96.0.10", "fd00::10"), ports=(Port("http", 80, Protocol.HTTP),))
 LEDGER = Service("ledger", addresses=("127.96.0.11",), ports=(Port("tcp", 7000), Port("more", 7001)))
-MESH = Mesh(services=(LEDGER, ORDERS))
+DNS = Service("dns", addresses=("127.96.0.12",), ports=(Port("udp", 53, Protocol.UDP),))
+MESH = Mesh(services=(DNS, LEDGER, ORDERS))
 LED = Led(1, abi.Carried.DIRECT, 7, 42, 3, ("127.0.0.1", 4000), ("127.96.0.11", 7000), ("127.0.0.1", 9))
 
 
@@ -30,7 +31,7 @@ def flow(plane: FakePlane, service_id: int, port: int, cgroup: int, pid: int) ->
 
 def setting() -> tuple[FakePlane, Any, calls.Names]:
     fake, plane = attached(MESH)
-    fake.maps["flows"] = FakeMap({})
+    fake.maps["flows"], fake.maps["connected"] = FakeMap({}), FakeMap({})
     return fake, plane, calls.names(plane, MESH)
 
 
@@ -42,7 +43,7 @@ def id_of(known: calls.Names, service: str, port: str) -> int:
 def test_every_port_has_one_name_under_all_its_addresses() -> None:
     _fake, _plane, known = setting()
     assert sorted((service.name, port.name) for service, port in known.values()) == [
-        ("ledger", "more"), ("ledger", "tcp"), ("orders", "http"),
+        ("dns", "udp"), ("ledger", "more"), ("ledger", "tcp"), ("orders", "http"),
     ]  # fmt: skip
 
 
@@ -67,12 +68,12 @@ def test_clients_of_both_carriers() -> None:
         id_of(known, "orders", "http"), abi.Carried.PROXY, 8, 43, 3, ("127.0.0.1", 5001), ("::", 0), ("::", 0)
     )
     direct = Led(id_of(known, "ledger", "tcp"), abi.Carried.DIRECT, 7, 42, 3, LED.client, LED.asked, LED.given)
-    found = calls.clients(plane, [direct, proxied])
+    found = calls.clients(plane, [direct, proxied], nobody)
     assert sorted((one.carrier, one.client, one.asked, one.endpoint, one.pid) for one in found) == [
         ("direct", "127.0.0.1:4000", "127.96.0.11:7000", "127.0.0.1:9", 42),
         ("proxy", "127.0.0.1:5001", "127.96.0.10:80", "", 43),
     ]
-    assert [one.carrier for one in calls.clients(plane, None)] == ["proxy"], "sockets that cannot be asked"
+    assert [one.carrier for one in calls.clients(plane, None, nobody)] == ["proxy"], "sockets that cannot be asked"
     rows = calls.client_rows(found, known, lambda id: f"w{id}", lambda id: "" if id == 8 else f"/c{id}")
     assert {(row["service"], row["port"], row["workload"], row["cgroup"]) for row in rows} == {
         ("ledger", "7000/tcp", "w7", "/c7"), ("orders", "80/http", "w8", None),
@@ -80,11 +81,39 @@ def test_clients_of_both_carriers() -> None:
     assert [row["service"] for row in calls.client_rows(found, known, str, str, ORDERS)] == ["orders"]
 
 
+def test_connected_udp_sockets_are_counted_and_have_a_process() -> None:
+    fake, plane, known = setting()
+    for cookie, pid in ((1, 42), (2, 43)):
+        value = abi.Connected(
+            netns=3, given=abi.pack_address("127.0.0.1"), given_port=53, service_id=id_of(known, "dns", "udp"), pid=pid
+        )
+        fake.maps["connected"].rows[cookie.to_bytes(8, "little")] = bytes(value)
+    (row,) = calls.connections(plane, known)
+    assert (row["service"], row["port"], row["carrier"], row["open"], row["opened"]) == (
+        "dns",
+        "53/udp",
+        "direct",
+        2,
+        None,
+    )
+    rows = calls.client_rows(
+        calls.clients(plane, [], lambda pid: 7 if pid == 42 else 0), known, lambda id: f"w{id}", str
+    )
+    assert [(row["pid"], row["workload"], row["client"], row["endpoint"]) for row in rows] == [
+        (42, "w7", None, "127.0.0.1:53"), (43, None, None, "127.0.0.1:53"),
+    ]  # fmt: skip
+    assert seen(calls.edges(rows, None, True)) == [("w7", "dns", "direct", 1, None, None, None, None)]
+
+
+def nobody(_pid: int) -> int:
+    return 0
+
+
 def test_a_connection_to_a_service_that_is_gone_is_still_somebody_s() -> None:
     _fake, plane, known = setting()
-    (row,) = calls.client_rows(calls.clients(plane, [Led(99, *LED_REST)]), known, str, str)
+    (row,) = calls.client_rows(calls.clients(plane, [Led(99, *LED_REST)], nobody), known, str, str)
     assert (row["service"], row["port"], row["pid"]) == (None, None, 42)
-    assert calls.client_rows(calls.clients(plane, [Led(99, *LED_REST)]), known, str, str, ORDERS) == []
+    assert calls.client_rows(calls.clients(plane, [Led(99, *LED_REST)], nobody), known, str, str, ORDERS) == []
     assert calls.edges([row], None, True) == []
 
 

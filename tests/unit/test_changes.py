@@ -145,7 +145,8 @@ def test_addresses_of_the_pool_stay_and_new_ones_are_those_of_the_name() -> None
 
 def test_writes_are_counted_by_table_and_refused_when_they_do_not_fit() -> None:
     held = plan(OLD, Tables()).tables
-    assert writes(held, Mesh()) == [{"map": table, "set": 0, "deleted": 1} for table in TABLES]
-    assert writes(Tables(), OLD) == [{"map": table, "set": 1, "deleted": 0} for table in TABLES]
+    four = [table for table in TABLES if getattr(held, table)]
+    assert writes(held, Mesh()) == [{"map": table, "set": 0, "deleted": 1} for table in four]
+    assert writes(Tables(), OLD) == [{"map": table, "set": 1, "deleted": 0} for table in four]
     with pytest.raises(MapFull, match=r"raise Agent\.spec\.maps\.slots"):
         writes(held, Mesh(Agent(maps=MapSizes(slots=0)), (ORDERS,)))

@@ -188,7 +188,10 @@ HELD = [
         ("listeners", "sk_storage", None, 0, 2240), ("origins", "sk_storage", None, 0, 2240),
         ("flows", "lru_hash", 37, 65536, 10_487_936), ("connections", "percpu_hash", 412, 16384, 133_568),
         ("counters", "percpu_array", None, 256, 4352), ("events", "ringbuf", None, 262_144, 275_800),
-        ("socks", "sockhash", 8, 65536, 1_049_536), ("members", "sk_storage", None, 0, 2240),
+        ("serving", "hash", 12, 131_072, 1_049_000),
+        ("connected", "hash", 3, 65536, 525_000), ("talks", "lru_hash", 40, 65536, 8_390_000),
+        ("answers", "lru_hash", 40, 65536, 6_290_000), ("socks", "sockhash", 8, 65536, 1_049_536),
+        ("members", "sk_storage", None, 0, 2240),
         ("pairs", "lru_hash", 4, 65536, 12_585_088), ("stages", "prog_array", None, 1, 272),
     )
 ]  # fmt: skip

@@ -32,6 +32,7 @@ def said(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[s
     instance = Instance("unit")
     instance.write_state({"cgroups": ["/nowhere"]})
     fake, plane = attached(mesh)
+    fake.maps["connected"] = FakeMap({})
     fake.maps["flows"] = FakeMap({bytes([n]): b"" for n in range(4)})
     whole = status.gathered(instance, plane, mesh, None)
     return status.text({**whole, "age_seconds": 3.0}, Screen()), whole["warnings"]
