@@ -8,7 +8,6 @@ nothing may be done for each of them: of those, an edge has the open ones only.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,15 +78,12 @@ def _datagrams(raw: bytes, cgroup_of: Callable[[int], int]) -> Client:
 
 
 def connections(plane: Dataplane, known: Names, only: Service | None = None) -> Rows:
-    """Per service port and carrier that has ever had one: how many are open. Of UDP: sockets that are connected now."""
+    """Per service port and carrier that has ever had one: how many are open; of UDP, connected sockets."""
     rows: Rows = []
     counts = plane.connections()
-    datagrams = Counter(abi.Connected.from_buffer_copy(raw).service_id for _key, raw in plane.maps["connected"].items())
     for service_id, (service, port) in sorted(known.items(), key=lambda item: (item[1][0].label, item[1][1].port)):
         if only is not None and service.id != only.id:
             continue
-        if sockets := datagrams[service_id]:
-            rows.append({**_port(service, port), "carrier": Carrier.DIRECT.value, "open": sockets, "opened": None})
         held = counts.get(service_id, (0, 0, 0, 0))
         for carrier, place in CARRIERS:
             if opened := held[place]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from loader import libbpf
 from meshbpf.cli.calls import percent
-from meshbpf.errors import DataplaneError
 
 # map_type of a map's fdinfo, and whether its entries can be counted: those of an array are always all there, and those
 # of a storage are in the sockets
@@ -83,22 +82,14 @@ def held(folder: Path) -> list[Held]:
 
 def _held(pin: Path) -> Held | None:
     """None for a program or link, which live in the same folder."""
-    with libbpf.Map(pin, 4, 4) as opened:
-        said = _fdinfo(opened.fd)
+    with libbpf.Map(pin, 0, 0) as opened:  # its sizes are the kernel's to say
+        said = opened.info()
         if "map_type" not in said:
             return None
         kind, countable = KINDS.get(said["map_type"], (f"type {said['map_type']}", False))
         opened.key_size = int(said["key_size"])
         entries = sum(1 for _key in opened.keys()) if countable else None  # noqa: SIM118
         return Held(pin.name, kind, entries, int(said["max_entries"]), int(said.get("memlock", 0)))
-
-
-def _fdinfo(fd: int) -> dict[str, str]:
-    try:
-        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
-    except OSError as error:
-        raise DataplaneError(f"cannot look at a table: {error.strerror}") from error
-    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
 def rows(tables: list[Held]) -> list[dict[str, Any]]:
