@@ -12,7 +12,7 @@ C_FILES := $(filter-out bpf/abi.h,$(wildcard bpf/*.c bpf/*.h bpf/lib/*.h))
 ARGS :=
 
 .NOTPARALLEL:
-.PHONY: help setup packages demo test test-kernel unit check fmt abi test-vm bench clean
+.PHONY: help setup packages demo test test-kernel unit golden check fmt abi test-vm bench clean
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
@@ -35,6 +35,9 @@ test-kernel: setup $(VENV)/.test ## the kernel tests; what would be skipped fail
 
 unit: $(VENV)/.test ## the tests without root
 	$(PY) -m pytest tests/unit $(ARGS)
+
+golden: $(VENV)/.test ## what commands print, as tests/unit/test_golden.py holds it, written anew
+	$(PY) -m tests.unit.test_golden
 
 check: $(VENV)/.test ## format, lint, types, generated files, links: no root
 	$(PY) -m ruff check .

@@ -190,10 +190,14 @@ class Map:
                 return found
             place = following.raw
 
+    def info(self) -> dict[str, str]:
+        """What the kernel says of it: map_type, key_size, value_size, max_entries, memlock (bytes), …"""
+        lines = Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
+        return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
     def shape(self) -> tuple[str, ...]:
         """Kind, key size and value size, as the kernel has them."""
-        lines = Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
-        said = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        said = self.info()
         return said["map_type"], said["key_size"], said["value_size"]
 
     def close(self) -> None:

@@ -125,6 +125,16 @@ def carried(mesh: Mesh) -> Iterator[tuple[Service, Port, list[bytes]]]:
             yield service, port, [service_key(address, port.port, port.protocol) for address in service.addresses]
 
 
+def service_names(held: Table, mesh: Mesh) -> dict[int, tuple[Service, Port]]:
+    """What the ids in a table of services, as the kernel holds it, stand for. One of a mesh before is not named."""
+    return {
+        int.from_bytes(held[key], "little"): (service, port)
+        for service, port, keys in carried(mesh)
+        for key in keys
+        if key in held
+    }
+
+
 class EndpointIds:
     """Which id an endpoint has: that of the kernel, else one never used. Its identity is address and port: the draining
     flag, which may change, is left out.

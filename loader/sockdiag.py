@@ -1,4 +1,4 @@
-"""The kernel's list of connected UDP sockets of a network namespace, and how one of them is ended (`ss -K`).
+"""The kernel's list of sockets of a network namespace, and how a connected UDP socket is ended (`ss -K`).
 
 Netlink, sock_diag: the socket opened here belongs to the namespace in which the calling thread is at that moment, and
 sees and ends sockets of that one only. A socket is ended by its addresses and its cookie together, which the kernel
@@ -46,11 +46,17 @@ class SockDiag:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
         self._socket.settimeout(5)
 
+    def every(self, family: int, protocol: int, states: int, more: bytes = b"") -> Iterator[bytes]:
+        """What the kernel answers (inet_diag_msg and attributes) of every socket of this kind; `more` are attributes
+        of the question.
+        """
+        self._send(SOCK_DIAG_BY_FAMILY, DUMP, REQUEST_V2.pack(family, protocol, 0, states), bytes(ID.size), more)
+        return self._answers()
+
     def connected(self) -> list[Found]:
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            self._send(SOCK_DIAG_BY_FAMILY, DUMP, REQUEST_V2.pack(family, socket.IPPROTO_UDP, 0, CONNECTED), bytes(48))
-            for message in self._answers():
+            for message in self.every(family, socket.IPPROTO_UDP, CONNECTED):
                 raw = message[FAMILY.size : FAMILY.size + ID.size]
                 _source_port, port, _source, peer, _device, cookie = ID.unpack(raw)
                 if family == socket.AF_INET:
@@ -88,7 +94,7 @@ class SockDiag:
                         return
                     if number == errno.ENOENT:
                         raise FileNotFoundError(number, "no such socket")
-                    raise DataplaneError(f"sock_diag of UDP: {os.strerror(number)}")
+                    raise DataplaneError(f"sock_diag: {os.strerror(number)}")
                 yield body
                 at += -(-length // 4) * 4
 

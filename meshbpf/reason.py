@@ -1,7 +1,8 @@
 """Why a verdict fell: the one list for the kernel programs, the proxy, metrics, the CLI and the docs.
 
 Kernel reasons are below KERNEL_REASONS (they are indices of the kernel's counters); the proxy's begin there. Append
-only: numbers are part of the kernel's layout. TEXT must spell out every member (a unit test holds it to that).
+only: numbers are part of the kernel's layout. TEXT must spell out every member, REMEDY says what can be done, where
+there is something; docs/troubleshooting.md says the same (unit tests hold both to that).
 """
 
 from __future__ import annotations
@@ -151,4 +152,39 @@ TEXT: dict[Reason, str] = {
     Reason.UPSTREAM_CLOSED_EARLY: "the endpoint closed in the middle of its answer",
     Reason.EXPECTATION_UNKNOWN: "an Expect other than 100-continue",
     Reason.STREAM_IDLE_TIMEOUT: "no byte moved either way for five minutes while a request was served",
+}
+
+# What somebody can do about it. A reason that is not here asks for nothing.
+REMEDY: dict[Reason, str] = {
+    Reason.NO_ENDPOINT: "meshbpf endpoints SERVICE",
+    Reason.PROXY_NOT_IN_NETNS: "the agent's log, if there are more than one or two for each new namespace",
+    Reason.PROXY_HUNG: "the agent's log; is the machine out of CPU?",
+    Reason.PROXY_DOWN_REFUSED: "meshbpf run, or onProxyDown: direct",
+    Reason.NETNS_UNSUPPORTED: "meshbpf check, netns-cookies",
+    Reason.STORAGE_FULL: "free memory in the caller's cgroup",
+    Reason.FLOW_FULL: "raise Agent.spec.maps.flows",
+    Reason.MEMBERS_FULL: "raise Agent.spec.maps.members",
+    Reason.UNANSWERED: "many: an endpoint is down. meshbpf endpoints SERVICE, and ask each one itself",
+    Reason.DATAGRAMS_FULL: "raise Agent.spec.maps.datagrams",
+    Reason.PROXY_ABSENT: "meshbpf run",
+    Reason.SOCKET_TAKEN: "meshbpf check, foreign-sk-msg",
+    Reason.NO_ORIGIN: "call the service's address",
+    Reason.NO_SERVICE: "was the service removed? meshbpf services",
+    Reason.NO_HEALTHY_UPSTREAM: "meshbpf endpoints SERVICE",
+    Reason.CONNECT_FAILED: "is the program running, on this address and port?",
+    Reason.CONNECT_TIMEOUT: "is it overloaded, or filtered by a firewall?",
+    Reason.UPSTREAM_RESET: "the endpoint's own log",
+    Reason.UPSTREAM_PROTOCOL_ERROR: "is it HTTP at all? protocol: tcp relays anything",
+    Reason.REQUEST_TIMEOUT: "raise timeouts.request, or look why the endpoint is slow",
+    Reason.BAD_REQUEST: "mend the caller",
+    Reason.HEAD_TOO_LARGE: "fewer or shorter headers; cookies are the usual cause",
+    Reason.CONNECT_METHOD: "call the service directly",
+    Reason.HEAD_TIMEOUT: "a caller that opens connections and says nothing",
+    Reason.BODY_TIMEOUT: "a caller that stalls",
+    Reason.TOO_MANY_CONNECTIONS: "raise maxConnections, or add endpoints",
+    Reason.TOO_MANY_PENDING: "raise http1MaxPendingRequests, or add endpoints",
+    Reason.DOWNSTREAM_CLOSED: "the caller's timeout may be too short",
+    Reason.UPSTREAM_CLOSED_EARLY: "the endpoint's own log",
+    Reason.EXPECTATION_UNKNOWN: "mend the caller",
+    Reason.STREAM_IDLE_TIMEOUT: "does the endpoint still work on it, does the caller read?",
 }

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from meshbpf.cli import change, check, demo, read, registry
+from meshbpf.cli import change, check, completion, demo, diff, inside, read, registry, status
 from meshbpf.errors import MeshError
 from meshbpf.schema import ConfigErrors
 
@@ -20,11 +20,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MESHBPF"},
 )
-for group in (change, read, check, registry, demo):
+for group in (change, status, read, inside, diff, check, registry, demo, completion):
     group.register(app)
 
 
 def main() -> None:
+    completion.answering()
     try:
         app()
     except ConfigErrors as error:

@@ -25,7 +25,9 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def get(instance: Instance, path: str) -> dict[str, Any] | None:
-    """The agent's answer; None when no agent listens. Raises MeshError when it answers with an error or not in time."""
+    """The agent's answer; None when no agent listens, or one of a version before that knows no such path. Raises
+    MeshError when it answers with an error or not in time.
+    """
     connection = _UnixConnection(str(instance.socket))
     try:
         connection.request("GET", path)
@@ -39,6 +41,8 @@ def get(instance: Instance, path: str) -> dict[str, Any] | None:
         raise MeshError(f"the agent does not answer on {instance.socket}: {error}") from error
     finally:
         connection.close()
+    if response.status == 404:
+        return None
     if response.status != 200:
         raise MeshError(f"the agent answered {response.status} to {path}")
     answer: dict[str, Any] = json.loads(body)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,12 +10,13 @@ from typing import Annotated
 import typer
 
 from meshbpf import durations
-from meshbpf.cli import facts, findings, output
+from meshbpf.cli import facts, findings, layout, output
 from meshbpf.cli.findings import Finding, Result
+from meshbpf.cli.layout import Screen
 from meshbpf.cli.options import InstanceName, Output
 
 PAUSE = 0.25  # between two looks of --wait: an agent that starts offers nothing to wait on until it is there
-WIDTH = 80
+MARGIN, RESULT = "  ", 9
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +48,7 @@ def check(
     if form in ("json", "yaml"):
         output.structured(form, _document(found))
     else:
-        typer.echo(_text(found))
+        output.say(text(found, output.screen()))
     raise typer.Exit(code)
 
 
@@ -72,17 +72,20 @@ def _document(found: Sequence[Finding]) -> dict[str, object]:
     }
 
 
-def _text(found: Sequence[Finding]) -> str:
-    wide = max(len(finding.id) for finding in found)
-    indent = " " * (2 + 9 + wide + 2)
+def text(found: Sequence[Finding], screen: Screen) -> str:
+    """By category: the result, the id, what was found, and the remedy of what is not ok."""
+    wide = max((len(finding.id) for finding in found), default=0)
+    indent = " " * (len(MARGIN) + RESULT + wide + layout.GAP)
+    room = None if screen.width is None else max(screen.width - len(indent), layout.LEAST)
     lines: list[str] = []
     for category, rows in _groups(found):
-        lines += [*([""] if lines else []), category.upper()]
+        lines += [*([""] if lines else []), screen.paint(category.upper(), layout.BOLD)]
         for row in rows:
-            says = [row.detail] + ([f"remedy: {row.remedy}"] if row.result is not Result.OK else [])
-            text = [line for part in says for line in textwrap.wrap(part, max(WIDTH - len(indent), 30))]
-            lines.append(f"  {row.result.value.ljust(9)}{row.id.ljust(wide)}  {text[0] if text else '-'}")
-            lines += [indent + line for line in text[1:]]
+            says = [row.detail or "-"] + ([f"remedy: {row.remedy}"] if row.result is not Result.OK else [])
+            first, *more = [line for part in says for line in layout.wrap(layout.printable(part), room)]
+            result = screen.mood(row.result.value) + " " * (RESULT - len(row.result.value))
+            lines.append(f"{MARGIN}{result}{row.id.ljust(wide + layout.GAP)}{first}")
+            lines += [indent + line for line in more]
     counts = {result: sum(1 for finding in found if finding.result is result) for result in Result}
     lines += ["", f"ok {counts[Result.OK]}, warnings {counts[Result.WARNING]}, errors {counts[Result.ERROR]}"]
     return "\n".join(lines)

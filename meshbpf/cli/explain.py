@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loader import abi
@@ -12,7 +12,7 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.cli.view import unknown
 from meshbpf.errors import NotFound
 from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Protocol, Service, ServicePolicy
-from meshbpf.reason import TEXT, Reason
+from meshbpf.reason import REMEDY, TEXT, Reason
 
 Steps = list[tuple[str, str]]
 CONVERSATION = (
@@ -21,13 +21,25 @@ CONVERSATION = (
 )
 
 
-def verdicts(counters: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
-    """Counted verdicts as rows, most frequent first."""
-    rows = [
-        {"program": program, "reason": reason, "count": count, "text": TEXT[Reason[reason.upper()]]}
-        for (program, reason), count in counters.items()
-    ]
-    return sorted(rows, key=lambda row: (-int(str(row["count"])), row["program"], row["reason"]))
+def verdicts(counters: Mapping[tuple[str, str], int], proxy: Sequence[Sequence[Any]] = ()) -> list[dict[str, Any]]:
+    """Counted verdicts as rows, most frequent first: the kernel programs' and, as (service, reason, count), the
+    proxy's, which alone knows of which service.
+    """
+    counted = {where: (count, dict[str, int]()) for where, count in counters.items()}
+    for service, reason, count in proxy:
+        total, of = counted.get(("proxy", reason), (0, {}))
+        counted["proxy", reason] = (total + int(count), {**of, service: of.get(service, 0) + int(count)})
+    rows = []
+    for (program, word), (count, of) in counted.items():
+        reason = Reason[word.upper()]
+        by_service = dict(sorted(of.items(), key=lambda item: (-item[1], item[0])))
+        rows.append(
+            {
+                "program": program, "reason": word, "count": count, "text": TEXT[reason],
+                "remedy": REMEDY.get(reason, ""), "services": by_service,
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: (-row["count"], row["program"], row["reason"]))
 
 
 def targets(mesh: Mesh, text: str) -> list[tuple[Service, Port]]:

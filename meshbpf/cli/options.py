@@ -10,6 +10,7 @@ import typer
 
 from loader import environment
 from loader.instance import Instance
+from meshbpf.cli import completion
 from meshbpf.errors import ConfigError, EnvironmentLack, MeshError
 
 Cgroups = Annotated[
@@ -38,11 +39,29 @@ def _instance_name(value: str) -> str:
 InstanceName = Annotated[
     str,
     typer.Option(
-        "--instance", callback=_instance_name, help="which meshbpf on this machine", envvar="MESHBPF_INSTANCE"
+        "--instance",
+        callback=_instance_name,
+        help="which meshbpf on this machine",
+        envvar="MESHBPF_INSTANCE",
+        autocompletion=completion.instances,
     ),
 ]
+ServiceName = Annotated[
+    str | None,
+    typer.Argument(help="only this service: name or name.namespace", autocompletion=completion.services),
+]
 AllowRoot = Annotated[bool, typer.Option("--allow-root-cgroup", help="lead the whole machine, this shell included")]
-Output = Annotated[str, typer.Option("-o", "--output", help="table, wide, json or yaml", envvar="MESHBPF_OUTPUT")]
+FORMATS = ("table", "wide", "json", "yaml")
+
+
+def _forms(incomplete: str) -> list[str]:
+    return [form for form in FORMATS if form.startswith(incomplete)]
+
+
+Output = Annotated[
+    str,
+    typer.Option("-o", "--output", help="table, wide, json or yaml", envvar="MESHBPF_OUTPUT", autocompletion=_forms),
+]
 
 
 def _one_of(*words: str) -> Callable[[str], str]:

@@ -1,16 +1,22 @@
-"""How lists are shown: `-o table|wide|json|yaml`. Upper-case heads, `-` for no data, units in the values; no colour."""
+"""How commands show what they found: `-o table|wide|json|yaml`, on the screen that there is. Lines are `layout`'s."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 import yaml
 
+from meshbpf.cli import layout
+from meshbpf.cli.layout import Column, Screen
+from meshbpf.cli.options import FORMATS
+
 SCHEMA_VERSION = 1
-FORMATS = ("table", "wide", "json", "yaml")
 
 
 def check_format(form: str, more: Sequence[str] = ()) -> str:
@@ -18,6 +24,19 @@ def check_format(form: str, more: Sequence[str] = ()) -> str:
     if form not in (*FORMATS, *more):
         raise typer.BadParameter(f"{form!r} is none of {', '.join((*FORMATS, *more))}", param_hint="-o")
     return form
+
+
+def screen(environment: Mapping[str, str] = os.environ, terminal: bool | None = None) -> Screen:
+    """Who looks: a terminal has an end and colours (not with NO_COLOR, not a dumb one); what else reads us has neither,
+    unless it says how wide it is (`watch` sets COLUMNS).
+    """
+    terminal = sys.stdout.isatty() if terminal is None else terminal
+    asked = environment.get("COLUMNS", "")
+    columns = int(asked) if asked.isascii() and asked.isdigit() else 0
+    if not columns and terminal:
+        columns = shutil.get_terminal_size().columns
+    colour = terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+    return Screen(columns or None, colour)
 
 
 def counted(number: int, noun: str, more: str = "") -> str:
@@ -36,22 +55,22 @@ def age(seconds: float) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell, two blanks between them, none at the end of a line."""
-    text = [[str(cell) if cell not in (None, "") else "-" for cell in row] for row in rows]
-    widths = [max(len(head), *(len(row[i]) for row in text)) if text else len(head) for i, head in enumerate(heads)]
-    lines = [heads, *text]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    """A table of its own kind, for whom no end of the line is near."""
+    columns = [Column(head, head) for head in heads]
+    return layout.table(columns, [dict(zip(heads, row, strict=True)) for row in rows], Screen())
 
 
-def show(
-    form: str, heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]], kind: str, wide: Sequence[str] = ()
-) -> None:
-    """Print rows. `heads` maps a row's key to its column head; `wide` keys are columns only in `-o wide`."""
+def show(form: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], kind: str) -> None:
+    """Print rows."""
     if form in ("json", "yaml"):
         structured(form, {kind: list(rows)})
-        return
-    keys = [key for key in heads if form == "wide" or key not in wide]
-    typer.echo(table([heads[key] for key in keys], [[row.get(key) for key in keys] for row in rows]))
+    else:
+        say(layout.table(columns, rows, screen(), form == "wide"))
+
+
+def say(text: str) -> None:
+    """Print what `layout` made for `screen()`; it has decided about colours."""
+    typer.echo(text, color=True)
 
 
 def structured(form: str, value: Mapping[str, Any]) -> None:

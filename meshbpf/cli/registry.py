@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loader.instance import Instance
+from meshbpf.cli import completion
 from meshbpf.cli.options import InstanceName
 from meshbpf.errors import ConfigError
-from meshbpf.registration import Registration, registration
 
-Service = Annotated[str, typer.Argument(metavar="SERVICE", help="name or name.namespace")]
+if TYPE_CHECKING:  # what it needs takes as long to load as all other commands together
+    from meshbpf.registration import Registration
+
+Service = Annotated[
+    str, typer.Argument(metavar="SERVICE", help="name or name.namespace", autocompletion=completion.services)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -45,6 +50,8 @@ def put_in(
     """Put a program into the registry while it is ready. It is taken out before it is told to stop. `meshbpf run`
     must be running: without it, this tries again until there is one.
     """
+    from meshbpf.registration import registration
+
     try:
         wanted = registration(
             service, port, address=address, service_port=service_port, ttl=ttl, check=check, interval=interval, id=id,

@@ -8,6 +8,7 @@ from loader import abi
 from loader.dataplane import Dataplane
 from loader.plan import service_key
 from meshbpf.carrier import choose
+from meshbpf.cli.calls import names
 from meshbpf.errors import NotFound
 from meshbpf.model import EndpointState, Mesh, Port, Service
 from meshbpf.schema.fields import meant
@@ -55,7 +56,7 @@ def services(plane: Dataplane, mesh: Mesh) -> list[dict[str, Any]]:
                     "carrier": choice.carrier.value,
                     "why": choice.why if in_kernel(plane, service, port) else "not_in_kernel",
                     "endpoints": f"{len(ready)}/{sum(1 for e in service.endpoints if port.name in e.ports)}",
-                    "open": opened - closed,
+                    "open": max(0, opened - closed),
                     "connections": opened,
                     "source": service.source,
                 }
@@ -65,15 +66,11 @@ def services(plane: Dataplane, mesh: Mesh) -> list[dict[str, Any]]:
 
 def _counts(plane: Dataplane, mesh: Mesh) -> dict[tuple[tuple[str, str], str], tuple[int, int]]:
     """(service, port name) → (opened, closed), through the ids the kernel holds."""
-    per_id = plane.connections()
+    counted = plane.connections()
     found = {}
-    for service in mesh.services:
-        for port in service.ports:
-            for address in service.addresses:
-                raw = plane.maps["services"].lookup(service_key(address, port.port, port.protocol))
-                if raw is not None:
-                    direct, proxy, closed_direct, closed_proxy = per_id.get(int.from_bytes(raw, "little"), (0, 0, 0, 0))
-                    found[service.id, port.name] = (direct + proxy, closed_direct + closed_proxy)
+    for service_id, (service, port) in names(plane, mesh).items():
+        direct, proxy, closed_direct, closed_proxy = counted.get(service_id, (0, 0, 0, 0))
+        found[service.id, port.name] = (direct + proxy, closed_direct + closed_proxy)
     return found
 
 

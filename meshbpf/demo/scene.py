@@ -27,6 +27,7 @@ SECONDS = 15.0
 ENTER = 'echo $$ >"$0" && net=$1 && shift && exec nsenter --net="$net" -- "$@"'
 # Children import us wherever we lie, and with -P nothing that lies in the working directory.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(BPF.parent)}
+COLUMNS = 78  # of a terminal's 80, two are the margin of what commands print
 MESHBPF = (sys.executable, "-P", "-m", "meshbpf.cli")
 
 
@@ -127,7 +128,8 @@ class Scene:
     def show(self, *arguments: str) -> str:
         """What a reading command prints."""
         command = [*MESHBPF, *arguments, "--instance", cast.INSTANCE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, env=ENVIRONMENT)
+        screen = {**ENVIRONMENT, "COLUMNS": str(COLUMNS)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, env=screen)
         if done.returncode != 0:
             raise MeshError(f"meshbpf {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip()}")
         return done.stdout.rstrip()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,20 @@ from meshbpf.registry import api as registry_api
 from meshbpf.registry.registrar import Registrar
 
 
-async def serve(path: Path, status: Callable[[], dict[str, Any]], registrar: Registrar) -> web.AppRunner:
-    """Listen on `path`. The caller cleans the returned runner up."""
+def _told(tell: Callable[[], dict[str, Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.json_response(tell())
+
+    return answer
+
+
+async def serve(path: Path, reads: Mapping[str, Callable[[], dict[str, Any]]], registrar: Registrar) -> web.AppRunner:
+    """Listen on `path`; a GET of each of `reads` is answered with what it tells. The caller cleans the returned runner
+    up.
+    """
     app = web.Application(middlewares=registry_api.middlewares())
-
-    async def get_status(_request: web.Request) -> web.Response:
-        return web.json_response(status())
-
-    app.add_routes([web.get("/v1/status", get_status), *registry_api.routes(registrar, local=True)])
+    told = [web.get(where, _told(tell)) for where, tell in reads.items()]
+    app.add_routes([*told, *registry_api.routes(registrar, local=True)])
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     path.unlink(missing_ok=True)

@@ -58,7 +58,8 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
             await agent.listen()
             runners.append(await metrics.serve())
             await agent.attach()
-            runners.append(await api.serve(options.instance.socket, metrics.status, embedded.registrar))
+            reads = {"/v1/status": metrics.status, "/v1/counts": metrics.counts}
+            runners.append(await api.serve(options.instance.socket, reads, embedded.registrar))
             await agent.start()
 
             def reread() -> None:

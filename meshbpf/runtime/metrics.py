@@ -13,13 +13,14 @@ from typing import Any
 
 from aiohttp import web
 
-from loader.plan import service_key
+from loader.plan import service_names
 from meshbpf import admin
 from meshbpf.model import Mesh
 from meshbpf.runtime.agent import Agent
 from meshbpf.runtime.sources import Sources
 from meshbpf.telemetry import Facts, render
 
+COUNTS = ("connections_total", "requests_total", "proxy_verdicts_total")
 TABLES = ("services", "policies", "slots", "endpoints", "flows")
 
 
@@ -69,21 +70,14 @@ class Metrics:
         plane = self._agent.plane
         per_id = plane.connections()
         found: dict[tuple[str, str], tuple[int, int]] = {}
-        for service in mesh.services:
-            ids = set()
-            for port in service.ports:
-                for address in service.addresses:
-                    raw = plane.maps["services"].lookup(service_key(address, port.port, port.protocol))
-                    if raw is not None:
-                        ids.add(int.from_bytes(raw, "little"))
-            for service_id in ids:
-                opened_direct, opened_proxy, closed_direct, closed_proxy = per_id.get(service_id, (0, 0, 0, 0))
-                for carrier, opened, closed in (
-                    ("direct", opened_direct, closed_direct),
-                    ("proxy", opened_proxy, closed_proxy),
-                ):
-                    before = found.get((service.label, carrier), (0, 0))
-                    found[service.label, carrier] = (before[0] + opened, before[1] + closed)
+        for service_id, (service, _port) in service_names(dict(plane.maps["services"].items()), mesh).items():
+            opened_direct, opened_proxy, closed_direct, closed_proxy = per_id.get(service_id, (0, 0, 0, 0))
+            for carrier, opened, closed in (
+                ("direct", opened_direct, closed_direct),
+                ("proxy", opened_proxy, closed_proxy),
+            ):
+                before = found.get((service.label, carrier), (0, 0))
+                found[service.label, carrier] = (before[0] + opened, before[1] + closed)
         return found
 
     def status(self) -> dict[str, Any]:
@@ -102,6 +96,11 @@ class Metrics:
             "namespaces": len(agent.namespaces.served),
             "endpoints": self._endpoints(),
         }
+
+    def counts(self) -> dict[str, Any]:
+        """What `meshbpf edges` and `reasons` add when an agent runs: rows of labels and a count, as in /metrics."""
+        stats = self._agent.totals.merged(time.monotonic())
+        return {family: stats.get(family, []) for family in COUNTS}
 
     def _trouble(self) -> str:
         """All that is not as it should be, worst first."""

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from loader import trials
+from meshbpf import cli
 from meshbpf.cli import findings
-from meshbpf.reason import Reason
+from meshbpf.reason import REMEDY, Reason
 
 ROOT = Path(__file__).resolve().parents[2]
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -28,9 +30,23 @@ def test_every_reason_is_documented(reason: Reason) -> None:
     assert reason.word in ROWS
 
 
+@pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.word)
+def test_a_reason_s_remedy_is_the_same_here_and_there(reason: Reason) -> None:
+    """What `meshbpf reasons` advises stands in the last cell; where it advises nothing, so does the cell."""
+    (row,) = re.findall(rf"^\| `{reason.word}` \|.*\| (.*) \|$", TROUBLESHOOTING, re.M)
+    said = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", row).replace("`", "")
+    assert said == REMEDY[reason] if reason in REMEDY else said.startswith("nothing")
+
+
 def test_nothing_is_documented_that_is_gone() -> None:
     known = {reason.word for reason in Reason} | set(findings.CATALOGUE) | set(map(findings.self_test_id, SELF_TEST))
     assert known >= HEADINGS | ROWS
+
+
+def test_every_command_is_documented() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text().partition("\n## ")[0]
+    commands = {command.name for command in typer.main.get_command(cli.app).commands.values()}  # type: ignore[attr-defined]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == commands
 
 
 def test_readme_fits_a_terminal() -> None:
