@@ -300,7 +300,9 @@ class Relay:
     def lost(self, side: Side, error: Exception | None) -> None:
         if error is not None and self.state is not State.CLOSED and self._record.reason is None:
             if side is self.up:
-                self._tell(Reason.UPSTREAM_RESET, "UC")
+                # Resetting what is no TLS, an endpoint does right: the caller's fault is the reason.
+                sound = self._nameless in (None, Reason.SNI_MISSING)
+                self._tell(Reason.UPSTREAM_RESET if sound else self._nameless, "UC")
                 self._record.endpoint_outcome = "reset"
             else:
                 self._tell(Reason.DOWNSTREAM_CLOSED, "DC")
@@ -332,8 +334,8 @@ class Relay:
         if self.down.transport is None:
             self._end()
 
-    def _tell(self, reason: Reason, flags: str | None) -> None:
-        if self._record.reason is None:
+    def _tell(self, reason: Reason | None, flags: str | None) -> None:
+        if reason is not None and self._record.reason is None:
             self._record.reason = reason.word
             self._record.response_flags = flags
 
@@ -352,8 +354,7 @@ class Relay:
         if dialled and self._dialling is not None and self._dialling is not asyncio.current_task(self._loop):
             self._dialling.cancel()
         record = self._record
-        if record.reason is None and self._nameless is not None:
-            record.reason = self._nameless.word
+        self._tell(self._nameless, None)
         record.bytes_received, record.bytes_sent = self.down.received, self.up.received
         record.duration_ms = (time.monotonic() - self._started) * 1000.0
         self._sink(record)

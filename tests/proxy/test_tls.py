@@ -223,6 +223,27 @@ async def test_what_follows_the_hello_is_not_read_while_dialling(bed: Bed) -> No
         assert told(await bed.record()) == (NAME, "draining", None)
 
 
+@pytest.mark.parametrize(
+    ("said", "name", "reason"),
+    [(openssl(), NAME, "upstream_reset"), (openssl(name=None), None, "upstream_reset"), (PLAIN, None, "not_tls")],
+)
+async def test_an_endpoint_that_resets(bed: Bed, said: bytes, name: str | None, reason: str) -> None:
+    """What is no TLS it resets with reason, and that is the caller's fault."""
+
+    async def resetting(peer: Peer) -> None:
+        await peer.reader.read(100)
+        peer.reset()
+
+    await serve(bed, await bed.endpoint(resetting))
+    caller = await bed.caller()
+    caller.send(said)
+    with pytest.raises(ConnectionResetError):
+        await caller.rest()
+    record = await bed.record()
+    assert told(record) == (name, reason, "UC")
+    assert record.endpoint_outcome == "reset"
+
+
 async def test_a_hello_and_much_more_waits_in_bounded_memory(bed: Bed) -> None:
     """While the endpoint does not read."""
     gate = asyncio.Event()
