@@ -18,7 +18,7 @@ KEYS = (
     "start_time", "request_id", "trace_id", "direction", "workload", "service", "route_name", "method", "authority",
     "path", "protocol", "response_code", "response_flags", "response_code_details", "bytes_received", "bytes_sent",
     "duration_ms", "upstream_service_time_ms", "upstream_host", "downstream_remote", "attempts", "carrier", "reason",
-    "user_agent", "x_forwarded_for",
+    "user_agent", "x_forwarded_for", "requested_server_name",
 )  # fmt: skip
 _AWKWARD = re.compile(r'[\\"\x00-\x1f]|[^\x20-\x7e]')
 _NULL = "null"
@@ -62,7 +62,7 @@ def json_line(record: Record, seconds: Seconds) -> str:
     key = (
         r.direction, r.workload, r.service, r.route_name, r.method, r.authority, r.protocol, r.response_code,
         r.response_flags, r.response_code_details, r.upstream_host, r.attempts, r.carrier, r.reason, r.user_agent,
-        r.x_forwarded_for,
+        r.x_forwarded_for, r.requested_server_name,
     )  # fmt: skip
     common = _COMMON.get(key)
     if common is None:
@@ -98,7 +98,8 @@ def _fragments(r: Record) -> tuple[str, str, str, str]:
         f',"response_flags":{_value(r.response_flags)},"response_code_details":{_value(r.response_code_details)}',
         f',"upstream_host":{_value(r.upstream_host)}',
         f',"attempts":{r.attempts},"carrier":{_value(r.carrier)},"reason":{_value(r.reason)}'
-        f',"user_agent":{_value(r.user_agent)},"x_forwarded_for":{_value(r.x_forwarded_for)}}}\n',
+        f',"user_agent":{_value(r.user_agent)},"x_forwarded_for":{_value(r.x_forwarded_for)}'
+        f',"requested_server_name":{_value(r.requested_server_name)}}}\n',
     )
 
 

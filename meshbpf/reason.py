@@ -81,6 +81,11 @@ class Reason(IntEnum):
     UPSTREAM_CLOSED_EARLY = 83
     EXPECTATION_UNKNOWN = 84
     STREAM_IDLE_TIMEOUT = 85
+    SNI_MISSING = 86
+    NOT_TLS = 87
+    HELLO_TOO_LARGE = 88
+    HELLO_CUT = 89
+    HELLO_TIMEOUT = 90
 
     @property
     def word(self) -> str:
@@ -152,6 +157,11 @@ TEXT: dict[Reason, str] = {
     Reason.UPSTREAM_CLOSED_EARLY: "the endpoint closed in the middle of its answer",
     Reason.EXPECTATION_UNKNOWN: "an Expect other than 100-continue",
     Reason.STREAM_IDLE_TIMEOUT: "no byte moved either way for five minutes while a request was served",
+    Reason.SNI_MISSING: "a TLS client that names no server: passed on as it came",
+    Reason.NOT_TLS: "no TLS hello on a tls port: passed on as it came, for the endpoint to answer",
+    Reason.HELLO_TOO_LARGE: "a TLS hello over 16 KiB, whose name is not looked for: passed on as it came",
+    Reason.HELLO_CUT: "the caller ended in the middle of its TLS hello: passed on as it came",
+    Reason.HELLO_TIMEOUT: "no whole TLS hello within 15 s: closed, and no endpoint was dialled",
 }
 
 # What somebody can do about it. A reason that is not here asks for nothing.

@@ -15,9 +15,10 @@ class Record:
 
     __slots__ = (
         "attempts", "authority", "bytes_received", "bytes_sent", "carrier", "direction", "downstream_remote",
-        "duration_ms", "endpoint_outcome", "method", "path", "protocol", "reason", "request_id", "response_code",
-        "response_code_details", "response_flags", "route_name", "service", "start_time", "trace_id",
-        "upstream_host", "upstream_service_time_ms", "user_agent", "workload", "x_forwarded_for",
+        "duration_ms", "endpoint_outcome", "method", "path", "protocol", "reason", "request_id",
+        "requested_server_name", "response_code", "response_code_details", "response_flags", "route_name", "service",
+        "start_time", "trace_id", "upstream_host", "upstream_service_time_ms", "user_agent", "workload",
+        "x_forwarded_for",
     )  # fmt: skip
 
     def __init__(self, service: str, start_time: float, workload: str, downstream_remote: str) -> None:
@@ -46,4 +47,5 @@ class Record:
         self.reason: str | None = None
         self.user_agent: str | None = None
         self.x_forwarded_for: str | None = None
+        self.requested_server_name: str | None = None
         self.endpoint_outcome: str | None = None

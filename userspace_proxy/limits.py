@@ -19,6 +19,7 @@ class Limits:
     replay: int = 64 * 1024  # bytes of a request that are kept in case its pooled connection was dead (INTERFACE)
     write_high: int = 256 * 1024  # bytes of an answer that the caller has not taken; above, the endpoint is not read
     head_timeout: float = 10.0  # from the first to the last byte of a request head
+    hello_timeout: float = 15.0  # from the connection to the last byte of a TLS hello (Envoy's listener filters)
     body_timeout: float = 30.0  # without a byte of a request body that the proxy is ready to read
     keep_alive: float = 60.0  # without a request on the caller's connection
     drain_quiet: float = 0.3  # without a request on a connection when the proxy shuts down

@@ -34,14 +34,10 @@ class Relays:
         self._relays.discard(relay)
 
     def tick(self, now: float) -> None:
-        """Close what has moved no byte for its idle timeout. Coarse: up to SWEEP_EVERY late, never early."""
+        """Close what is idle, or silent where it should greet. Coarse: up to SWEEP_EVERY late, never early."""
         for relay in list(self._relays):
-            moved = relay.moved
-            if moved != relay.seen or relay.dialling:
-                relay.seen = moved
-                relay.quiet_since = now
-            elif relay.idle_timeout and now - relay.quiet_since >= relay.idle_timeout:
-                relay.close(Reason.IDLE_TIMEOUT)
+            if (reason := relay.late(now)) is not None:
+                relay.close(reason)
 
     def close(self, reason: Reason = Reason.DRAINING) -> None:
         for relay in list(self._relays):

@@ -77,6 +77,11 @@ class Route:
     def http(self) -> bool:
         return self.protocol is Protocol.HTTP
 
+    def balancer_for(self, server_name: str | None) -> Balancer[Target]:
+        """Who picks the endpoint of a connection that asks for `server_name`: the one place for TLSRoutes to choose."""
+        del server_name
+        return self.balancer
+
 
 def canonical(address: str) -> str:
     """One spelling per address, that of the kernel's tables; IPv4 has only one."""

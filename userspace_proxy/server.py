@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from meshbpf.model import Mesh
+from meshbpf.model import Mesh, Protocol
 from meshbpf.reason import Reason
 from meshbpf.record import Record
 from userspace_proxy.acceleration import Accelerator
 from userspace_proxy.downstream import Downstream
+from userspace_proxy.hello import Hello
 from userspace_proxy.limits import DEFAULT_LIMITS, Limits
 from userspace_proxy.origin import Lookup
 from userspace_proxy.poller import Acceptor, Poller
@@ -149,11 +150,12 @@ class Proxy:
     def relay(self, connection: Downstream, route: Route, initial: bytes) -> None:
         """Hand a connection to the TCP relay, for a port that is not HTTP or a caller that speaks HTTP/2."""
         counted, origin = self._forget(connection), connection.origin
+        record = Record(route.service, self.wall(), origin.workload, connection.remote)
         tried: Target | None = None
 
         def pick() -> Target | None:
             nonlocal tried
-            tried = route.balancer.pick(self.rnd, tried) or tried
+            tried = route.balancer_for(record.requested_server_name).pick(self.rnd, tried) or tried
             return tried
 
         def attempted(host: object, outcome: str) -> None:
@@ -173,10 +175,11 @@ class Proxy:
             pick=pick,
             make_socket=self.make_socket,
             netns=origin.netns,
-            record=Record(route.service, self.wall(), origin.workload, connection.remote),
+            record=record,
             sink=ended,
             policy=route.policy,
             initial=initial,
             eof=connection.eof,
             attempted=attempted,
+            hello=Hello() if route.protocol is Protocol.TLS else None,
         )

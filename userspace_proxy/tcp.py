@@ -2,8 +2,9 @@
 
 What one side does the other side sees: data (with back-pressure, at most HIGH_WATER plus one read, 256 KiB, per
 direction in memory), half-close, reset. The endpoint is dialled before the caller has said anything, because in many
-protocols the server speaks first. Nothing is decided here: `pick` names the endpoint, the policy holds the times, the
-Record says what came of it and goes to `sink` exactly once. Idle connections are found by `relays`.
+protocols the server speaks first; only on a `tls` port the caller's hello is read first (`hello`), and passed on as it
+came. Nothing is decided here: `pick` names the endpoint, the policy holds the times, the Record says what came of it
+and goes to `sink` exactly once. Idle connections, and callers that stay silent, are found by `relays`.
 Measured: a BufferedProtocol costs a third more CPU per byte here, because what it read must be copied to be passed on.
 """
 
@@ -20,6 +21,7 @@ from meshbpf.model import ServicePolicy
 from meshbpf.reason import Reason
 from meshbpf.record import Record
 from meshbpf.tasks import spawn
+from userspace_proxy.hello import Found, Hello
 from userspace_proxy.limits import DEFAULT_LIMITS
 from userspace_proxy.poller import Poller
 from userspace_proxy.relays import relays_of
@@ -28,7 +30,13 @@ from userspace_proxy.wire import reset, waiting
 
 HIGH_WATER = 64 * 1024
 ATTEMPTS = 2
-FLUSH = DEFAULT_LIMITS.flush
+FLUSH, HELLO_TIMEOUT = DEFAULT_LIMITS.flush, DEFAULT_LIMITS.hello_timeout
+# What a hello was that gave no name: passed on all the same, because the endpoint's own answer tells the caller more.
+NAMELESS = {
+    Found.NO_NAME: Reason.SNI_MISSING,
+    Found.NOT_TLS: Reason.NOT_TLS,
+    Found.TOO_LARGE: Reason.HELLO_TOO_LARGE,
+}
 
 
 class Host(Protocol):
@@ -40,6 +48,7 @@ class Host(Protocol):
 
 
 class State(Enum):
+    GREETING = auto()  # the caller's hello is not whole yet
     DIALLING = auto()
     RELAYING = auto()
     CLOSED = auto()
@@ -107,6 +116,7 @@ class Relay:
         policy: ServicePolicy,
         initial: bytes,
         attempted: Callable[[Host, str], None] | None,
+        hello: Hello | None,
     ) -> None:
         self._poller = poller
         self._loop = poller.loop
@@ -118,13 +128,15 @@ class Relay:
         self._policy = policy
         self._initial = initial
         self._attempted = attempted
+        self._hello = hello
+        self._nameless: Reason | None = None
         self._host: Host | None = None
         self._started = time.monotonic()  # not loop.time(): uvloop's is in whole milliseconds
         self._dialling: asyncio.Task[None] | None = None
-        self.state = State.DIALLING
+        self.state = State.DIALLING if hello is None else State.GREETING
         self.down, self.up = Side(self), Side(self)
         self.down.other, self.up.other = self.up, self.down
-        self.quiet_since = self._loop.time()
+        self.quiet_since = self._loop.time()  # while greeting, since the caller came: dripping is no excuse
         self.seen = (0, 0)  # `moved` at the last sweep
 
     @property
@@ -146,15 +158,36 @@ class Relay:
     def dialling(self) -> bool:
         return self.state is State.DIALLING
 
+    def late(self, now: float) -> Reason | None:
+        """Why this is to be ended at the sweep of `now`, if it is."""
+        if self.state is State.GREETING:
+            return Reason.HELLO_TIMEOUT if now - self.quiet_since >= HELLO_TIMEOUT else None
+        moved = self.moved
+        if moved != self.seen or self.dialling:
+            self.seen, self.quiet_since = moved, now
+        elif self.idle_timeout and now - self.quiet_since >= self.idle_timeout:
+            return Reason.IDLE_TIMEOUT
+        return None
+
     def start(self, downstream: asyncio.Transport, eof: bool) -> None:
         self.down.received = len(self._initial)
         self.down.ended = eof
         downstream.set_protocol(self.down)
         self.down.connection_made(downstream)
-        if self._initial or eof:
+        if self._hello is None or self._hello.feed(self._initial) is not None or eof:
+            self._begin()
+        if self.dialling and (self._initial or eof):
             downstream.pause_reading()
         else:
             downstream.resume_reading()
+
+    def _begin(self) -> None:
+        """Dial: the caller's hello has been read, or can be no more, or is none of our business."""
+        self.state = State.DIALLING
+        hello = self._hello
+        if hello is not None:
+            self._record.requested_server_name = hello.name
+            self._nameless = Reason.HELLO_CUT if hello.found is None else NAMELESS.get(hello.found)
         self._dialling = spawn(self._run(), "relay")
         self._dialling.add_done_callback(self._dialled)
 
@@ -241,12 +274,19 @@ class Relay:
             down.resume_reading()
 
     def early(self, data: bytes) -> None:
-        """The caller spoke before the endpoint is there: keep one read of it, then it has to wait."""
+        """The caller spoke before the endpoint is there: keep its hello and one read, then it has to wait."""
         assert self.down.transport is not None
         self._initial += data
+        if self.state is State.GREETING:
+            assert self._hello is not None
+            if self._hello.feed(data) is None:
+                return
+            self._begin()
         self.down.transport.pause_reading()
 
     def half_closed(self, side: Side) -> None:
+        if self.state is State.GREETING:
+            self._begin()
         other = side.other
         if other.transport is None or other.transport.is_closing():
             return
@@ -260,7 +300,9 @@ class Relay:
     def lost(self, side: Side, error: Exception | None) -> None:
         if error is not None and self.state is not State.CLOSED and self._record.reason is None:
             if side is self.up:
-                self._tell(Reason.UPSTREAM_RESET, "UC")
+                # Resetting what is no TLS, an endpoint does right: the caller's fault is the reason.
+                sound = self._nameless in (None, Reason.SNI_MISSING)
+                self._tell(Reason.UPSTREAM_RESET if sound else self._nameless, "UC")
                 self._record.endpoint_outcome = "reset"
             else:
                 self._tell(Reason.DOWNSTREAM_CLOSED, "DC")
@@ -274,7 +316,8 @@ class Relay:
         """End it now. A stream that is at rest ends by FIN, a cut one by RST."""
         self._tell(reason, None)
         sides = (self.down, self.up)
-        at_rest = self.state is State.RELAYING and all(
+        silent = self.state is State.GREETING and not self._initial
+        at_rest = silent or all(
             side.transport is not None and side.transport.get_write_buffer_size() == 0 for side in sides
         )
         for side in sides:
@@ -291,8 +334,8 @@ class Relay:
         if self.down.transport is None:
             self._end()
 
-    def _tell(self, reason: Reason, flags: str | None) -> None:
-        if self._record.reason is None:
+    def _tell(self, reason: Reason | None, flags: str | None) -> None:
+        if reason is not None and self._record.reason is None:
             self._record.reason = reason.word
             self._record.response_flags = flags
 
@@ -311,6 +354,7 @@ class Relay:
         if dialled and self._dialling is not None and self._dialling is not asyncio.current_task(self._loop):
             self._dialling.cancel()
         record = self._record
+        self._tell(self._nameless, None)
         record.bytes_received, record.bytes_sent = self.down.received, self.up.received
         record.duration_ms = (time.monotonic() - self._started) * 1000.0
         self._sink(record)
@@ -329,12 +373,14 @@ def relay(
     initial: bytes = b"",
     eof: bool = False,
     attempted: Callable[[Host, str], None] | None = None,
+    hello: Hello | None = None,
 ) -> Relay:
     """Relay `downstream`, which is taken over from its protocol, to an endpoint.
 
     `initial` is what was already read from it, `eof` that its FIN was; `sink` gets the record at the end; `attempted`
     is told of an endpoint that failed (connect_failed, connect_timeout) when another one is tried: the record names
-    only the last. `make_socket` is called with `netns` and an address family.
+    only the last. `make_socket` is called with `netns` and an address family. With `hello`, the endpoint is picked and
+    dialled when that is read, and the record has the server's name by then.
     """
     record.protocol = "TCP"
     made = Relay(
@@ -347,6 +393,7 @@ def relay(
         policy=policy,
         initial=initial,
         attempted=attempted,
+        hello=hello,
     )
     relays_of(poller.loop).add(made)
     made.start(downstream, eof)

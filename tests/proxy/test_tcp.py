@@ -17,6 +17,7 @@ import uvloop
 from meshbpf.model import ConnectionPool, ServicePolicy, TcpPool
 from meshbpf.reason import Reason
 from meshbpf.record import Record
+from userspace_proxy.hello import Hello
 from userspace_proxy.poller import Poller
 from userspace_proxy.relays import relays_of
 from userspace_proxy.tcp import HIGH_WATER, Relay, State, relay
@@ -477,6 +478,16 @@ async def test_a_half_close_seen_before_the_takeover_is_passed_on(harness: Harne
     server.close()
     assert await harness.read_all(client) == b"answer"
     assert (await harness.ended()).bytes_received == 9
+
+
+@pytest.mark.parametrize(("size", "reason"), [(2, "hello_cut"), (9, "not_tls")])
+async def test_a_hello_that_ended_before_the_takeover_is_passed_on(harness: Harness, size: int, reason: str) -> None:
+    said = b"\x16\3\1\0\4\2\0\0\0"[:size]
+    client, server, _ = await harness.pair(initial=said, eof=True, hello=Hello())
+    assert await harness.read_all(server) == said
+    server.close()
+    assert await harness.read_all(client) == b""
+    assert (await harness.ended()).reason == reason
 
 
 async def test_ipv6_endpoints_are_dialled_as_such(harness: Harness) -> None:

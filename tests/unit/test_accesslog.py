@@ -57,7 +57,8 @@ def test_the_json_line_is_the_contract() -> None:
         '"path":"/v1/a?b=c","protocol":"HTTP/1.1","response_code":200,"response_flags":null,'
         '"response_code_details":"via_upstream","bytes_received":3,"bytes_sent":512,"duration_ms":3.250,'
         '"upstream_service_time_ms":2.750,"upstream_host":"127.0.0.1:8081","downstream_remote":"127.0.0.1:40000",'
-        '"attempts":1,"carrier":"proxy","reason":null,"user_agent":"curl/8.0","x_forwarded_for":null}\n'
+        '"attempts":1,"carrier":"proxy","reason":null,"user_agent":"curl/8.0","x_forwarded_for":null,'
+        '"requested_server_name":null}\n'
     )
 
 
@@ -74,6 +75,7 @@ def test_what_is_missing_is_null_or_a_dash() -> None:
     assert [key for key, value in fields.items() if value is None] == [
         "request_id", "trace_id", "route_name", "method", "authority", "path", "protocol", "response_flags",
         "response_code_details", "upstream_service_time_ms", "upstream_host", "reason", "user_agent", "x_forwarded_for",
+        "requested_server_name",
     ]  # fmt: skip
     line = text_line(bare, Seconds())
     assert line == '[1970-01-01T00:00:01.000Z] "- - -" 0 - 0 0 0 - "-" "-" "-" "-" "-"\n'  # 0.9996 s rounds up
