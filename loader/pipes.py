@@ -1,9 +1,10 @@
 """Whether a process may read its sockets by splice(2): a member's reader that does would stall (promise 2).
 
 The reasoning: splice needs a pipe, so a process that spliced an earlier answer of its connection holds both ends of
-one. A pipe whose reading end is in an epoll set of the process wakes an event loop (Go, Java, libevent); it carries no
-payload. The limits: a process that opens its first pipe within a second of our look, or later than joining, or that
-was handed the socket by the one that connected, is not seen. A process that we may not look at counts as one that may.
+one; the proxy asks only behind answers that had a body. A pipe whose reading end is in an epoll set of the process
+wakes an event loop (Go, Java, libevent); it carries no payload. The limits: a process that opens its first pipe within
+a second of our look, or later than joining, or that was handed the socket by the one that connected, is not seen. A
+process that we may not look at counts as one that may.
 """
 
 from __future__ import annotations
