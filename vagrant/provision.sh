@@ -33,7 +33,12 @@ list() {
 			printf '%s\n' bpftool
 		fi
 		;;
-	test) printf '%s\n' curl=curl gcc libc6-dev nodejs=node prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk && list image ;;
+	test)
+		printf '%s\n' curl=curl gcc libc6-dev nodejs=node openssl=openssl prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk
+		# Real clients and servers of tests/e2e. The JDK, because a JRE cannot start from source; ten seconds to install.
+		printf '%s\n' apache2-bin=apache2 default-jdk-headless=javac haproxy=haproxy nginx-light=nginx postgresql redis-server=redis-server redis-tools=redis-cli
+		list image
+		;;
 	image) printf '%s\n' crun=crun debian-archive-keyring debootstrap=debootstrap podman=podman ;;
 	bench) printf '%s\n' nginx-light=nginx wrk=wrk ;;
 	vm) printf '%s\n' cpio debian-archive-keyring debootstrap qemu-system-x86=qemu-system-x86_64 xz-utils zstd ;;
