@@ -83,6 +83,20 @@ static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *orig
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+/* Who was in the redirect table is bound to nobody any more; its worker may have been killed. */
+static __always_inline void unbind(struct bpf_sock *sk)
+{
+#if REDIRECT
+	struct member *member = members.sk_storage_get(sk, 0, 0);
+
+	if (member) {
+		u64 pair = member->pair;
+
+		pairs.delete(&pair);
+	}
+#endif
+}
+
 static __always_inline void closed(struct bpf_sock_ops *ops, struct origin *origin)
 {
 	u32 service_id = origin->service_id;
@@ -132,6 +146,7 @@ int sockops(struct bpf_sock_ops *ops)
 			opened(ops, origin);
 	} else if (origin->counted) {
 		closed(ops, origin);
+		unbind(sk);
 	}
 	return 1;
 }
