@@ -78,7 +78,7 @@ class Site:
         finally:
             client.close()
 
-    def traffic(self, *arguments: str, group: Path | None = None, out: Path | None = None) -> subprocess.Popen[str]:
+    def traffic(self, *arguments: str, out: Path, group: Path | None = None) -> subprocess.Popen[str]:
         """A bench.traffic process, in `group`; setsid, because Ctrl-C in a terminal is for the soak alone."""
         return spawn(["setsid", sys.executable, "-m", "bench.traffic", *arguments], group, None, out)
 

@@ -39,6 +39,8 @@ class Tolerance:
 TOLERANCES = {
     "map.": Tolerance(0),
     "fds.": Tolerance(2),  # a registry client or a pooled upstream connection that is just being used
+    "fds.worker": Tolerance(6),  # a worker keeps a pidfd for each caller it has looked at last
+    "fds.workers": Tolerance(12),
     "sockets.": Tolerance(2),
     "namespaces": Tolerance(0),
     "cgroups": Tolerance(0),

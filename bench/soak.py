@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench import leaks
+from bench import leaks, soak_text
 from bench.__main__ import RESULTS, alone, place
 from bench.backend import wait_for
 from bench.churn import PLAIN, RELAYED, WEB, Churn, Site
@@ -42,7 +42,7 @@ SAMPLE_SECONDS = 5.0
 TICK = 0.1
 REST_SECONDS = 45.0  # by then idle pools, leases and what was broken off have gone
 CALM_SECONDS = 4.0  # longer than a lease, and than pooled connections are kept
-LOST_BY_A_KILL = 30  # requests that are in a worker, or on kept connections of one that is gone
+LOST_BY_A_KILL = 20  # requests: at most one of each caller
 FAILED_SHARE = 1e-4  # and otherwise
 FAILURES = (MeshError, RuntimeError, OSError, subprocess.SubprocessError)
 
@@ -75,11 +75,10 @@ class Soak:
         self.seconds = 0.0
 
     def start(self) -> None:
-        endpoints = self.site.traffic("serve", *map(str, self.ports))
+        log = self.run / "endpoints.log"
+        endpoints = self.site.traffic("serve", *map(str, self.ports), out=log)
         self.stack.callback(stop, endpoints)
-        assert endpoints.stdout is not None
-        if endpoints.stdout.readline() != "ready\n":
-            raise RuntimeError(f"no endpoints: {endpoints.communicate()[1]}")
+        wait_for(f"http://127.0.0.1:{self.ports[-1]}/1", endpoints, log, length=1)  # they are opened in order
         self.site.write()
         self.detach()  # what a killed predecessor left: an instance of that name is always ours
         self.log = self.run / "agent.log"
@@ -116,7 +115,8 @@ class Soak:
     def work(self, seconds: float, keep: bool) -> None:
         """Load and change; `keep`: this is the run itself, which is sampled and told of."""
         file = self.run / ("run.json" if keep else "warm.json")
-        callers = self.site.traffic("call", str(self.args.rate), str(file), WEB, PLAIN, RELAYED, group=self.site.group)
+        log, hosts = self.run / "callers.log", (WEB, PLAIN, RELAYED)
+        callers = self.site.traffic("call", str(self.args.rate), str(file), *hosts, group=self.site.group, out=log)
         begun = time.monotonic()
         sample_at, minute_at = 0.0, 60.0
         try:
@@ -128,10 +128,10 @@ class Soak:
                         self.samples.append((passed, self.gauges.sample()))
                         sample_at += SAMPLE_SECONDS
                     if passed >= minute_at:
-                        self._tell(passed, file)
+                        say(soak_text.minute(passed, _read(file), self.samples[-1][1]))
                         minute_at += 60.0
                 if callers.poll() is not None:
-                    raise RuntimeError(f"the callers ended: {callers.communicate()[1]}")
+                    raise RuntimeError(f"the callers ended: {tail(log)}")
                 time.sleep(TICK)  # paces: there is nothing to wait for
         finally:
             stop(callers)
@@ -150,16 +150,6 @@ class Soak:
             if calm or time.monotonic() - begun > REST_SECONDS:
                 return found
             earlier = found
-
-    def _tell(self, passed: float, file: Path) -> None:
-        sample, tally = self.samples[-1][1], _read(file)
-        tables = sum(value for name, value in sample.items() if name.startswith("map."))
-        say(
-            f"{passed / 60:4.0f} min  {tally.get('ok', 0):8d} ok  {tally.get('failed', 0):4d} failed"
-            f"  agent {_mb(sample['rss.agent'])}  worker {_mb(sample['rss.worker'])}"
-            f"  fds {sample['fds.agent']:.0f}+{sample['fds.worker']:.0f}"
-            f"  sockets {sample['sockets.open']:.0f}  table entries {tables:.0f}  restarts {sample['restarts']:.0f}"
-        )
 
     # --- the verdict -----------------------------------------------------------------------------------------
 
@@ -189,41 +179,15 @@ class Soak:
         RESULTS.mkdir(exist_ok=True)
         file = RESULTS / f"soak-{stamp}.json"
         file.write_text(json.dumps(raw, indent=1) + "\n")
-        print(table(self.baseline, [sample for _at, sample in self.samples], self.end))
-        print()
-        for counts in (self.tally, self.churn.done, self.gauges.verdicts()):
-            print("  ".join(f"{name}: {count}" for name, count in sorted(counts.items())))
-        print(
-            f"\n{self.seconds / 60:.1f} minutes{', interrupted' if interrupted else ''}; seed {self.args.seed}; {file}"
-        )
+        print(soak_text.table(self.baseline, [sample for _at, sample in self.samples], self.end))
+        for counted in (self.tally, self.churn.done, self.gauges.verdicts()):
+            print(f"\n{soak_text.counts(counted)}")
+        cut = ", interrupted" if interrupted else ""
+        print(f"\n{self.seconds / 60:.1f} minutes{cut}; seed {self.args.seed}; {file}")
         for finding in findings:
             print(f"FOUND {finding}")
         print(f"{len(findings)} findings" if findings else "all is back at its baseline")
         return not findings
-
-
-def table(baseline: leaks.Sample, samples: list[leaks.Sample], end: leaks.Sample) -> str:
-    """Every series: at rest before, the most under load, at rest after, and what is allowed."""
-    lines = [f"{'SERIES':18} {'BEFORE':>10} {'MOST':>10} {'AFTER':>10} {'ALLOWED':>10}"]
-    for name in sorted({*baseline, *end}):
-        rule = leaks.tolerance(name)
-        before, after = baseline.get(name, 0.0), end.get(name, 0.0)
-        most = max((sample.get(name, 0.0) for sample in samples), default=0.0)
-        allowed = None if rule is None else rule.allowed(before)
-        shown = [_value(name, value) for value in (before, most, after, allowed)]
-        mark = "  <-- LEAK" if allowed is not None and after > allowed else ""
-        lines.append(f"{name:18} {' '.join(f'{text:>10}' for text in shown)}{mark}")
-    return "\n".join(lines)
-
-
-def _value(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return _mb(value) if name.startswith(("rss.", "pss.")) else f"{value:.0f}"
-
-
-def _mb(value: float) -> str:
-    return f"{value / (1 << 20):.1f}M"
 
 
 def _read(file: Path) -> dict[str, int]:

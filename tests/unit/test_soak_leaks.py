@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from bench import soak_text
 from bench.leaks import HOUR, MINUTE, Sample, at_rest, climbing, settled, slope, tolerance
 
 MIB = float(1 << 20)
@@ -98,3 +99,12 @@ def test_settled() -> None:
     assert not settled(busy, busy), "what stands still in use is no rest"
     assert not settled(REST, {**REST, "map.flows": 1.0})
     assert not settled(REST, {**REST, "sockets.open": 1.0})
+
+
+def test_the_table_marks_what_leaked_and_the_minute_is_a_line() -> None:
+    end = {**REST, "map.flows": 2.0, "sockets.open": 0.0, "fds.worker": 5.0, "restarts": 1.0, "rss.worker": 30 * MIB}
+    rows = {line.split()[0]: line for line in soak_text.table(REST, [end], end).splitlines()}
+    assert rows["map.flows"].endswith(soak_text.MARK) and rows["map.flows"].split()[1:5] == ["0", "2", "2", "0"]
+    assert rows["rss.agent"].split()[1:] == ["60.0M", "60.0M", "60.0M", "66.0M"]
+    assert rows["series"].split()[4] == "-"
+    assert "\n" not in soak_text.minute(60.0, {"ok": 7}, end)
