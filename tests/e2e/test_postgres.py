@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.support.ways import ADDRESSES, DIRECT, PROXY, Ways
 
 PORT = 5432
 ROWS = 60_000  # of a hundred bytes: some MB, far more than a relay or a socket holds
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 TABLE = """
 create temp table t (id int primary key, what text, at numeric);
 \\copy t from {file}
@@ -117,10 +119,37 @@ def test_many_short_sessions(ways: Ways, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", [DIRECT, PROXY])
+def test_a_session_outlives_its_endpoint(ways: Ways, way: str) -> None:
+    """An endpoint that leaves the mesh gets nobody new; whoever talks to it goes on (KERNEL.md B6-20)."""
+
+    def change(servers: Sequence[int]) -> None:
+        begin = len(ways.machine.log())
+        ways.configure(servers)
+        ways.machine.until_logged("mesh applied", begin)
+
+    client = ways.machine.start_client(*psql(ADDRESSES[way], PORT, "-At"), **PIPES)
+
+    def answer(number: int) -> str:
+        client.stdin.write(f"select 'answer ' || {number};\n")
+        client.stdin.flush()
+        return str(client.stdout.readline())
+
+    assert answer(1) == "answer 1\n"
+    change([])
+    try:
+        refused = ways.machine.client(*psql(ADDRESSES[way], PORT, "-c", "select 1"))
+        assert refused.returncode == 2, refused.stdout
+        assert answer(2) == "answer 2\n"
+    finally:
+        change([ways.server])
+    assert client.communicate(timeout=20)[0] == ""
+    assert client.returncode == 0
+
+
+@pytest.mark.parametrize("way", [DIRECT, PROXY])
 def test_a_client_that_is_killed_leaves_no_session(ways: Ways, way: str) -> None:
     """The server learns of it, also through a relay; else sessions pile up until it takes no more."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    client = ways.machine.start_client(*psql(ADDRESSES[way], PORT), **pipes)
+    client = ways.machine.start_client(*psql(ADDRESSES[way], PORT), **PIPES)
     client.stdin.write("select pg_backend_pid();\n")
     client.stdin.flush()
     pid = next(line.strip() for line in client.stdout if line.strip().isdigit())

@@ -7,7 +7,7 @@ way that its address names.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,11 +31,15 @@ class Ways:
     context manager inside the machine's."""
 
     def __init__(self, machine: Machine, server: int, *, port: int, protocol: str) -> None:
-        self.machine, self.server, self.port = machine, server, port
+        self.machine, self.server, self.port, self.protocol = machine, server, port, protocol
+        self.configure([server])
+
+    def configure(self, servers: Sequence[int]) -> None:
+        """These are the services' endpoints."""
         documents: list[dict[str, Any]] = []
         for name, address in ADDRESSES.items():
-            documents += [service(name, address, [server], protocol, port), policy(name, **POLICIES[name])]
-        machine.configure(*documents)
+            documents += [service(name, address, servers, self.protocol, self.port), policy(name, **POLICIES[name])]
+        self.machine.configure(*documents)
 
     def __enter__(self) -> Ways:
         self.machine.run_agent()
