@@ -44,6 +44,7 @@ REST_SECONDS = 45.0  # by then idle pools, leases and what was broken off have g
 CALM_SECONDS = 4.0  # longer than a lease, and than pooled connections are kept
 LOST_BY_A_KILL = 20  # requests: at most one of each caller
 FAILED_SHARE = 1e-4  # and otherwise
+INTERRUPTED = "interrupted"
 FAILURES = (MeshError, RuntimeError, OSError, subprocess.SubprocessError)
 
 
@@ -58,7 +59,7 @@ def options() -> argparse.Namespace:
 
 
 class Soak:
-    """One run. `samples` and `rests` are filled as it goes, so that an interruption can report."""
+    """One run. What it found is filled in as it goes, so that an interruption can report."""
 
     def __init__(self, args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         self.args, self.stack = args, stack
@@ -73,6 +74,7 @@ class Soak:
         self.end: leaks.Sample = {}
         self.tally: Counter[str] = Counter()
         self.seconds = 0.0
+        self.cut = ""  # why it ended before its time
 
     def start(self) -> None:
         log = self.run / "endpoints.log"
@@ -82,26 +84,16 @@ class Soak:
         self.site.write()
         self.detach()  # what a killed predecessor left: an instance of that name is always ours
         self.log = self.run / "agent.log"
-        command = [
-            "setsid",
-            meshbpf(),
-            "run",
-            "--cgroup",
-            str(self.site.group),
-            "-c",
-            str(self.site.file),
-            "--instance",
-            NAME,
-        ]
+        options = ["--cgroup", str(self.site.group), "-c", str(self.site.file), "--instance", NAME]
         # A terminal's Ctrl-C is for us alone, hence setsid. SIGTERM, not SIGKILL, should we die: the agent then drains
         # and takes its workers along.
+        command = ["setsid", meshbpf(), "run", *options]
         agent = spawn(command, self.groups.make("soak-agent"), None, self.log, signal.SIGTERM)
         self.stack.callback(self.detach)
         self.stack.callback(stop, agent)
         wait_for(f"http://127.0.0.1:{self.site.admin}/readyz", agent, self.log)
-        self.gauges = Gauges(
-            Instance(NAME), agent.pid, self.site.admin, self.site.group, [self.site.proxy, *self.ports]
-        )
+        ports = [self.site.proxy, *self.ports]
+        self.gauges = Gauges(Instance(NAME), agent.pid, self.site.admin, self.site.group, ports)
         dice = random.Random(self.args.seed)
         self.churn = Churn(self.site, self.gauges.workers, self.gauges.elder, dice)
 
@@ -148,13 +140,14 @@ class Soak:
             found = self.gauges.sample()
             calm = leaks.settled(earlier, found) if until is None else not leaks.at_rest(until, found)
             if calm or time.monotonic() - begun > REST_SECONDS:
-                return found
+                return {**found, "series": self.gauges.series()}
             earlier = found
 
     # --- the verdict -----------------------------------------------------------------------------------------
 
     def findings(self) -> list[str]:
-        found = [str(finding) for finding in (*leaks.at_rest(self.baseline, self.end), *leaks.climbing(self.samples))]
+        found = [f"it stopped: {self.cut}"] if self.cut not in ("", INTERRUPTED) else []
+        found += [str(finding) for finding in (*leaks.at_rest(self.baseline, self.end), *leaks.climbing(self.samples))]
         bound = LOST_BY_A_KILL * self.churn.done["worker killed"] + FAILED_SHARE * self.tally["ok"]
         if not self.tally["ok"]:
             found.append("no request was answered")
@@ -164,16 +157,15 @@ class Soak:
         found += [f"the agent's log has: {word}" for word in ("Traceback", "task died") if word in log]
         return found
 
-    def report(self, interrupted: bool) -> bool:
+    def report(self) -> bool:
         """Print the table, write the file; True when nothing leaked."""
         findings = self.findings()
         stamp = time.strftime("%Y-%m-%d-%H%M%S")
         raw: dict[str, Any] = {
             "schemaVersion": 1, "date": stamp, "kernel": platform.release(), "cpus": os.cpu_count(),
-            "minutes": self.seconds / 60, "asked": self.args.minutes, "interrupted": interrupted,
+            "minutes": self.seconds / 60, "asked": self.args.minutes, "cut": self.cut,
             "rate": self.args.rate, "seed": self.args.seed, "tally": self.tally, "churn": self.churn.done,
-            "verdicts": self.gauges.verdicts(), "series": self.gauges.series(),
-            "findings": findings, "baseline": self.baseline, "end": self.end,
+            "verdicts": self.gauges.verdicts(), "findings": findings, "baseline": self.baseline, "end": self.end,
             "samples": [{"seconds": round(at, 1), **sample} for at, sample in self.samples],
         }  # fmt: skip
         RESULTS.mkdir(exist_ok=True)
@@ -182,8 +174,7 @@ class Soak:
         print(soak_text.table(self.baseline, [sample for _at, sample in self.samples], self.end))
         for counted in (self.tally, self.churn.done, self.gauges.verdicts()):
             print(f"\n{soak_text.counts(counted)}")
-        cut = ", interrupted" if interrupted else ""
-        print(f"\n{self.seconds / 60:.1f} minutes{cut}; seed {self.args.seed}; {file}")
+        print(f"\n{self.seconds / 60:.1f} minutes {self.cut}; seed {self.args.seed}; {file}")
         for finding in findings:
             print(f"FOUND {finding}")
         print(f"{len(findings)} findings" if findings else "all is back at its baseline")
@@ -207,30 +198,29 @@ def soak(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     made = Soak(args, stack)
     made.start()
     seconds = args.minutes * 60
-    interrupted = False
+    warm = min(WARM_SECONDS, seconds / 3)
     try:
-        warm = min(WARM_SECONDS, seconds / 3)
         say(f"warming up for {warm:.0f} s, then {args.minutes:g} minutes; seed {args.seed}")
         made.work(warm, keep=False)
         made.baseline = made.rest(None)
         made.churn.done.clear()
         made.work(seconds, keep=True)
     except KeyboardInterrupt:
-        interrupted = True
-        if not made.baseline:
-            say("interrupted before there was a baseline: nothing to judge")
-            return 130
-        say("interrupted: judging what ran")
+        made.cut = INTERRUPTED
     except FAILURES as error:
-        say(f"stopped: {error}; {tail(made.log)}")
-        return 1
+        made.cut = f"{error}; {tail(made.log)}"
+    if made.cut:
+        say(f"{made.cut}: judging what ran" if made.baseline else f"{made.cut}: there is no baseline to judge by")
+    if not made.baseline:
+        return 130 if made.cut == INTERRUPTED else 1
     try:
         made.end = made.rest(made.baseline)
-    except KeyboardInterrupt:
-        interrupted = True
-        made.end = made.gauges.sample()
-    clean = made.report(interrupted)
-    return 1 if not clean else 130 if interrupted else 0
+    except KeyboardInterrupt:  # again: then as things are
+        made.cut, made.end = INTERRUPTED, made.gauges.sample()
+    except FAILURES as error:
+        made.cut = made.cut or str(error)
+    clean = made.report()
+    return 1 if not clean else 130 if made.cut else 0
 
 
 def main() -> int:

@@ -17,8 +17,9 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -27,7 +28,9 @@ LARGE = 2 << 20  # what nobody reads whole
 PATIENCE = 10.0
 KEPT, FRESH, ROUGH = 4, 2, 1  # callers of each kind, for each host
 LONGEST = 300  # requests on one connection
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+Reader = asyncio.StreamReader
+Writer = asyncio.StreamWriter
+Kind = Callable[[str], Coroutine[Any, Any, None]]  # a caller of a host
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close by RST
 
 
@@ -69,14 +72,14 @@ class Callers:
         self.dice = dice
         self.stop = asyncio.Event()
         self.tally: Counter[str] = Counter()
-        kinds: list[Callable[[str], Awaitable[None]]] = [self.kept] * KEPT + [self.fresh] * FRESH + [self.rough] * ROUGH
-        self._callers = [(kind, host) for host in hosts for kind in kinds]
+        kinds: list[tuple[Kind, int]] = [(self.kept, KEPT), (self.fresh, FRESH), (self.rough, ROUGH)]
+        self._callers = [(kind, host) for host in hosts for kind, count in kinds for _ in range(count)]
         self._gap = len(self._callers) / rate
 
     async def run(self) -> None:
         await asyncio.gather(*(self._again(kind, host) for kind, host in self._callers))
 
-    async def _again(self, kind: Callable[[str], Awaitable[None]], host: str) -> None:
+    async def _again(self, kind: Kind, host: str) -> None:
         """One caller, over and over; what fails is counted by what it met."""
         await asyncio.sleep(self.dice.random() * self._gap)
         while not self.stop.is_set():
