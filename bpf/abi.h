@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
 /* GENERATED from loader/abi.py by `make abi`: do not edit. */
 
-#define COUNTERS 256
+#define COUNTERS 448
 #define REASON_STRIDE 64
 #define HEARTBEAT_MAX_NS 1000000000
 #define CREDIT_BYTES 1048576
@@ -10,6 +10,8 @@
 #define COMMAND_OFFSET 16
 #define EVENTS_BYTES 262144
 #define PICK_TRIES 4
+#define RETRY_NS 1000000000
+#define PATIENCE 3
 
 enum carried {
 	CARRIED_DIRECT = 1,
@@ -31,6 +33,9 @@ enum program {
 	PROGRAM_SOCKOPS = 1,
 	PROGRAM_SK_MSG = 2,
 	PROGRAM_COMMAND = 3,
+	PROGRAM_SENDMSG = 4,
+	PROGRAM_RECVMSG = 5,
+	PROGRAM_RELEASE = 6,
 };
 
 enum reason {
@@ -70,6 +75,10 @@ enum reason {
 	REASON_NO_STAGE = 33,
 	REASON_READER_COUNTS = 34,
 	REASON_BOUND_TO_DEVICE = 35,
+	REASON_UNANSWERED = 36,
+	REASON_ENDPOINT_GONE = 37,
+	REASON_ANSWERED = 38,
+	REASON_DATAGRAMS_FULL = 39,
 };
 
 enum side {
@@ -188,6 +197,50 @@ struct event {
 	u32 reason;
 };
 _Static_assert(sizeof(struct event) == 16, "event");
+
+struct serving_key {
+	u32 service_id;
+	u32 endpoint_id;
+};
+_Static_assert(sizeof(struct serving_key) == 8, "serving_key");
+
+struct connected {
+	u64 netns;
+	u8 given[16];
+	__be16 given_port;
+	u16 pad;
+	u32 service_id;
+	u32 endpoint_id;
+	u32 pid;
+};
+_Static_assert(sizeof(struct connected) == 40, "connected");
+
+struct talk_key {
+	u64 cookie;
+	u8 address[16];
+	__be16 port;
+	u16 pad[3];
+};
+_Static_assert(sizeof(struct talk_key) == 32, "talk_key");
+
+struct talk {
+	u64 sent;
+	u8 given[16];
+	__be16 given_port;
+	u8 patience;
+	u8 pad;
+	u32 service_id;
+	u32 endpoint_id;
+	u32 pad2;
+};
+_Static_assert(sizeof(struct talk) == 40, "talk");
+
+struct asked {
+	u8 address[16];
+	__be16 port;
+	u16 pad;
+};
+_Static_assert(sizeof(struct asked) == 20, "asked");
 
 struct member_key {
 	u64 pair;

@@ -13,7 +13,9 @@
 #include "lib/count.h"
 
 #define STREAM 1
+#define DATAGRAM 2
 #define IPPROTO_TCP_ 6
+#define IPPROTO_UDP_ 17
 #define LISTENING 10
 #define CREATE 1
 #define LOOPBACK_DEVICE 1 /* its index in every namespace */
@@ -23,15 +25,30 @@ struct destination {
 	__be16 port;
 	u8 carrier;
 	u8 pad;
+	u32 endpoint_id; /* 0: none */
+};
+
+#include "lib/connected.h"
+
+/* Which endpoints a socket can talk to. */
+enum reach {
+	REACH_ANY,
+	REACH_IPV4,
+	REACH_IPV6, /* and not the mapped ones: sendmsg6 cannot go to IPv4 */
 };
 
 /* A slot's endpoint. Tried a few times, because the loader may be changing the tables under us: between two
- * reads an endpoint can be gone, and then the next slot's is as good. */
-static __always_inline bool pick_endpoint(u32 service_id, const struct policy_value *policy, bool ipv4_only,
+ * reads an endpoint can be gone, and then the next slot's is as good. `avoid` is an endpoint that is
+ * taken only when there is no other. */
+static __always_inline bool pick_endpoint(enum program program, u32 service_id,
+					  const struct policy_value *policy, enum reach reach, u32 avoid,
 					  struct destination *to)
 {
-	u32 count_of_slots = ipv4_only ? policy->slots4 : policy->slots; /* IPv4 endpoints come first */
+	/* IPv4 endpoints come first. */
+	u32 first = reach == REACH_IPV6 ? policy->slots4 : 0;
+	u32 count_of_slots = reach == REACH_IPV4 ? policy->slots4 : policy->slots - first;
 	u64 start = bpf_get_prandom_u32();
+	bool found = false;
 	u64 *round;
 
 	if (policy->pick == PICK_ROUND_ROBIN) {
@@ -51,22 +68,27 @@ static __always_inline bool pick_endpoint(u32 service_id, const struct policy_va
 
 		if (!count_of_slots)
 			return false;
-		key.index = (start + try) % count_of_slots;
+		key.index = first + (start + try) % count_of_slots;
 		slot = slots.lookup(&key);
 		if (slot) {
 			u32 endpoint_id = slot->endpoint_id;
 
 			endpoint = endpoints.lookup(&endpoint_id);
-			if (endpoint && !endpoint->draining && (!ipv4_only || is_ipv4(endpoint->address))) {
+			if (endpoint && !endpoint->draining &&
+			    (reach == REACH_ANY || is_ipv4(endpoint->address) == (reach == REACH_IPV4))) {
 				copy_address(to->address, endpoint->address);
 				to->port = endpoint->port;
 				to->carrier = CARRIED_DIRECT;
-				return true;
+				to->endpoint_id = endpoint_id;
+				if (endpoint_id != avoid)
+					return true;
+				found = true;
+				continue;
 			}
 		}
-		count(PROGRAM_CONNECT, REASON_ENDPOINT_VANISHED);
+		count(program, REASON_ENDPOINT_VANISHED);
 	}
-	return false;
+	return found;
 }
 
 /* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its entry in
@@ -196,8 +218,9 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 
 	if (!origin)
 		count(PROGRAM_CONNECT, REASON_STORAGE_FULL);
-	/* From another device than the loopback nobody gets to the proxy. */
-	bound = sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_DEVICE;
+	/* From another device than the loopback nobody gets to the proxy. Not of UDP's concern: led to everybody, it
+	 * would not be refused, but be heard by all neighbours. */
+	bound = key->protocol == IPPROTO_TCP_ && sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_DEVICE;
 	reason = REASON_DIRECT;
 	if (policy->carrier == CARRIED_PROXY && bound) {
 		reason = REASON_BOUND_TO_DEVICE;
@@ -214,7 +237,8 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE) {
 		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
 		refuse(to, ipv4, bound);
-	} else if (pick_endpoint(service_id, policy, ipv4_socket, to)) {
+	} else if (pick_endpoint(PROGRAM_CONNECT, service_id, policy, ipv4_socket ? REACH_IPV4 : REACH_ANY, 0,
+				 to)) {
 		count(PROGRAM_CONNECT, REASON_DIRECT);
 	} else {
 		count(PROGRAM_CONNECT, REASON_NO_ENDPOINT);
@@ -232,31 +256,45 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 		copy_address(origin->given, to->address);
 		origin->given_port = to->port;
 	}
+	if (key->protocol == IPPROTO_UDP_)
+		now_connected(ctx, service_id, to);
 	return true;
+}
+
+/* Sets the protocol that a connect() is looked up by; false when we lead no such socket. */
+static __always_inline bool protocol_of(struct bpf_sock_addr *ctx, struct service_key *key)
+{
+	bool stream = ctx->type == STREAM && ctx->protocol == IPPROTO_TCP_;
+	bool datagram = ctx->type == DATAGRAM && ctx->protocol == IPPROTO_UDP_;
+
+	key->protocol = datagram ? IPPROTO_UDP_ : IPPROTO_TCP_;
+	return stream || datagram;
 }
 
 int connect4(struct bpf_sock_addr *ctx)
 {
-	struct service_key key = {.protocol = IPPROTO_TCP_};
+	struct service_key key = {};
 	struct destination to = {};
 
-	if (ctx->type != STREAM || ctx->protocol != IPPROTO_TCP_)
+	if (!protocol_of(ctx, &key))
 		return 1;
 	set_address4(key.address, ctx->user_ip4);
 	key.port = ctx->user_port;
 	if (lead(ctx, &key, true, &to)) {
 		ctx->user_ip4 = ((u32 *)to.address)[3];
 		ctx->user_port = to.port;
+	} else if (key.protocol == IPPROTO_UDP_) {
+		connected_elsewhere(ctx, &key);
 	}
 	return 1;
 }
 
 int connect6(struct bpf_sock_addr *ctx)
 {
-	struct service_key key = {.protocol = IPPROTO_TCP_};
+	struct service_key key = {};
 	struct destination to = {};
 
-	if (ctx->type != STREAM || ctx->protocol != IPPROTO_TCP_)
+	if (!protocol_of(ctx, &key))
 		return 1;
 	set_address6(key.address, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
 	key.port = ctx->user_port;
@@ -266,6 +304,8 @@ int connect6(struct bpf_sock_addr *ctx)
 		ctx->user_ip6[2] = ((u32 *)to.address)[2];
 		ctx->user_ip6[3] = ((u32 *)to.address)[3];
 		ctx->user_port = to.port;
+	} else if (key.protocol == IPPROTO_UDP_) {
+		connected_elsewhere(ctx, &key);
 	}
 	return 1;
 }

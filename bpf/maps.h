@@ -55,6 +55,15 @@ TABLE("percpu_array", int, u64, counters, COUNTERS, 0);
 /* callers in a namespace without a listener. Reader: agent. */
 TABLE("ringbuf", int, int, events, EVENTS_BYTES, 0);
 
+/* service id, endpoint id: an endpoint of a UDP port. Writer: loader. */
+TABLE("hash", struct serving_key, u32, serving, SIZE_ENDPOINTS, BPF_F_NO_PREALLOC);
+/* cookie -> a connected UDP socket. Writers: connect, release. */
+TABLE("hash", u64, struct connected, connected, SIZE_DATAGRAMS, BPF_F_NO_PREALLOC);
+/* UDP socket and service address -> its endpoint. Writers: sendmsg, recvmsg, and nobody else. */
+TABLE("lru_hash", struct talk_key, struct talk, talks, SIZE_DATAGRAMS, 0);
+/* UDP socket and endpoint -> the service address it asked for. Writer: sendmsg, and nobody else. */
+TABLE("lru_hash", struct talk_key, struct asked, answers, SIZE_DATAGRAMS, 0);
+
 #if REDIRECT
 /* pair and side -> socket. Writer: command. Reader: redirect. A leaf of 8 bytes lets user space read the cookie. */
 TABLE("sockhash", struct member_key, u64, socks, SIZE_MEMBERS, 0);

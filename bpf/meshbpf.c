@@ -4,6 +4,7 @@
 
 #define __always_inline inline __attribute__((always_inline))
 #include "connect.c"
+#include "datagram.c"
 #include "sockops.c"
 #if REDIRECT
 #include "command.c"

@@ -51,6 +51,9 @@ class Program(IntEnum):
     SOCKOPS = 1
     SK_MSG = 2
     COMMAND = 3
+    SENDMSG = 4
+    RECVMSG = 5
+    RELEASE = 6
 
 
 REASON_STRIDE = KERNEL_REASONS
@@ -62,6 +65,9 @@ PROVEN = 1 << 32  # marks a proof: sequence numbers are 32 bits, and 0 is one of
 COMMAND_OFFSET = 16  # behind the Ethernet header that a test run wants, aligned
 EVENTS_BYTES = 1 << 18
 PICK_TRIES = 4
+# A socket that sends again after so long without an answer is retrying: a second is the shortest timeout of resolvers.
+RETRY_NS = 1_000_000_000
+PATIENCE = 3  # retries that an endpoint which has answered is forgiven; one that never has, none
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -166,6 +172,53 @@ class Event(ct.Structure):
     _fields_ = [("netns", u64), ("pid", u32), ("reason", u32)]
 
 
+class ServingKey(ct.Structure):
+    """An endpoint that belongs to the service's port, draining or not: sockets that talk to it may go on."""
+
+    _fields_ = [("service_id", u32), ("endpoint_id", u32)]
+
+
+class Connected(ct.Structure):
+    """A connected UDP socket, by its cookie: whom connect gave it, to find it again when that endpoint is gone."""
+
+    _fields_ = [
+        ("netns", u64),
+        ("given", Address),
+        ("given_port", be16),
+        ("pad", u16),
+        ("service_id", u32),
+        ("endpoint_id", u32),
+        ("pid", u32),
+    ]
+
+
+class TalkKey(ct.Structure):
+    """An unconnected UDP socket and the other side: as it was asked for (`talks`), or as it is (`answers`)."""
+
+    _fields_ = [("cookie", u64), ("address", Address), ("port", be16), ("pad", u16 * 3)]
+
+
+class Talk(ct.Structure):
+    """Whom a socket's datagrams to a service go to. `sent` is when the last one went that has no answer yet, or 0."""
+
+    _fields_ = [
+        ("sent", u64),
+        ("given", Address),
+        ("given_port", be16),
+        ("patience", u8),
+        ("pad", u8),
+        ("service_id", u32),
+        ("endpoint_id", u32),
+        ("pad2", u32),
+    ]
+
+
+class Asked(ct.Structure):
+    """The service address that the datagrams of an endpoint are shown with."""
+
+    _fields_ = [("address", Address), ("port", be16), ("pad", u16)]
+
+
 class Side(IntEnum):
     """Which end of a pair a member is."""
 
@@ -246,7 +299,7 @@ class Command(ct.Structure):
 
 STRUCTS: tuple[type[ct.Structure], ...] = (
     ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Listener, Origin, FlowKey,
-    FlowValue, ConnectionCount, Event, MemberKey, Member, Pair, Command,
+    FlowValue, ConnectionCount, Event, ServingKey, Connected, TalkKey, Talk, Asked, MemberKey, Member, Pair, Command,
 )  # fmt: skip
 ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Program, Reason, Side, Op)
 CONSTANTS = {
@@ -259,6 +312,8 @@ CONSTANTS = {
     "COMMAND_OFFSET": COMMAND_OFFSET,
     "EVENTS_BYTES": EVENTS_BYTES,
     "PICK_TRIES": PICK_TRIES,
+    "RETRY_NS": RETRY_NS,
+    "PATIENCE": PATIENCE,
 }
 
 

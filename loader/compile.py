@@ -19,7 +19,7 @@ from loader import libbpf, source
 from meshbpf.errors import DataplaneError, EnvironmentLack
 
 HEADERS = source.BPF / "kernel"
-SOCK_OPS, SK_MSG, SCHED_CLS, SOCK_ADDR = 13, 16, 3, 18
+SOCK_OPS, SK_MSG, SCHED_CLS, SOCK_ADDR, CGROUP_SOCK = 13, 16, 3, 18, 9
 LOAD_64, PSEUDO_MAP_FD = 0x18, 1  # the instruction that names a table, and what marks its operand as a descriptor
 # name → program type, expected attach type (-1: none)
 PROGRAMS: dict[str, tuple[int, int]] = {
@@ -27,6 +27,11 @@ PROGRAMS: dict[str, tuple[int, int]] = {
     "connect6": (SOCK_ADDR, 11),
     "getpeername4": (SOCK_ADDR, 29),
     "getpeername6": (SOCK_ADDR, 30),
+    "recvmsg4": (SOCK_ADDR, 19),
+    "recvmsg6": (SOCK_ADDR, 20),
+    "sendmsg4": (SOCK_ADDR, 14),
+    "sendmsg6": (SOCK_ADDR, 15),
+    "release": (CGROUP_SOCK, 34),
     "sockops": (SOCK_OPS, -1),
     "command": (SCHED_CLS, -1),
     "redirect": (SK_MSG, -1),

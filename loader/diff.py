@@ -1,9 +1,9 @@
 """Have, want → ordered writes that never misroute a connect() running between two of them. Pure.
 
 The order: what is pointed at comes before what points at it, and goes after it. So addresses that are no service any
-more go first; endpoints, slots, policies (which say how many slots count) and services are added in that order and
-removed in the reverse one. A service whose slots shrink first gets the smaller count, then other slots; one that grows
-first gets the slots, then the count. An endpoint that drains is told so when no slot names it any more.
+more go first; endpoints, what they serve, slots, policies (which say how many slots count) and services are added in
+that order and removed in the reverse one. A service whose slots shrink first gets the smaller count, then other slots;
+one that grows first gets the slots, then the count. An endpoint that drains is told so when no slot names it any more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from loader import abi
 from loader.plan import Table, Tables
 
-REMOVED = ("policies", "slots", "endpoints")
+REMOVED = ("policies", "slots", "serving", "endpoints")
 DRAINING = abi.EndpointValue.draining.offset
 Rows = list[tuple[bytes, bytes]]
 
@@ -59,6 +59,7 @@ def _runs(have: Tables, want: Tables) -> Iterator[Run]:
     for key, value in _changed(have.endpoints, want.endpoints):
         (begin_draining if key in have.endpoints and value[DRAINING] else now).append((key, value))
     yield Run("endpoints", now)
+    yield Run("serving", _changed(have.serving, want.serving))
     shrunk, smaller = dict(have.policies), Rows()
     for key, value in _changed(have.policies, want.policies):
         if key in have.policies and (least := _smaller(have.policies[key], value)) != shrunk[key]:

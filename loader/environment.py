@@ -19,6 +19,7 @@ CAPABILITIES = {12: "CAP_NET_ADMIN", 39: "CAP_BPF", 38: "CAP_PERFMON"}
 CAP_SYS_ADMIN = 21
 TO_SERVE = {21: "CAP_SYS_ADMIN", 19: "CAP_SYS_PTRACE"}  # setns, and looking into /proc/PID/ns
 SO_NETNS_COOKIE = 71
+SOCK_ADDR, SET_RETVAL = 18, 187  # a program's type, a helper's number
 
 
 def mounts() -> list[tuple[str, str]]:
@@ -118,6 +119,11 @@ def check_cgroup(path: Path, allow_root: bool = False) -> Path:
             "choose a child cgroup, or say --allow-root-cgroup",
         )
     return resolved
+
+
+def has_set_retval() -> bool:
+    """Whether a cgroup hook can choose the error that its caller gets (bpf_set_retval, Linux 5.18)."""
+    return int(libbpf.library().libbpf_probe_bpf_helper(SOCK_ADDR, SET_RETVAL, None)) == 1
 
 
 def has_netns_cookies() -> bool:

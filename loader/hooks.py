@@ -20,6 +20,11 @@ CGROUP_HOOKS = {
     "getpeername4": 29,
     "getpeername6": 30,
     "sockops": 3,
+    "release": 34,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
+    "sendmsg4": 14,
+    "sendmsg6": 15,
     "connect4": 10,
     "connect6": 11,
 }

@@ -39,7 +39,8 @@ ENDPOINT = struct.Struct(">16sHBB")  # EndpointValue, and ServiceKey with a prot
 SLOT = struct.Struct("<II")  # SlotKey
 POLICY = struct.Struct("<IIBBBB")  # PolicyValue
 Table = dict[bytes, bytes]
-TABLES = ("services", "policies", "slots", "endpoints")
+TABLES = ("services", "policies", "slots", "serving", "endpoints")
+PRESENT = (1).to_bytes(4, "little")
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Tables:
     services: Table = field(default_factory=dict)
     policies: Table = field(default_factory=dict)
     slots: Table = field(default_factory=dict)
+    serving: Table = field(default_factory=dict)
     endpoints: Table = field(default_factory=dict)
 
 
@@ -70,6 +72,11 @@ class Plan:
     service_ids: Mapping[int, tuple[Service, Port]]
     free: Ids
     named: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+
+def sized_by(table: str) -> str:
+    """The field of `MapSizes` that says how many rows the table holds."""
+    return "endpoints" if table == "serving" else table
 
 
 def service_key(address: str, port: int, protocol: Protocol) -> bytes:
@@ -112,11 +119,10 @@ def endpoint_value(endpoint: Endpoint, port: int) -> bytes:
 
 
 def carried(mesh: Mesh) -> Iterator[tuple[Service, Port, list[bytes]]]:
-    """Every service port that a hook carries, with the keys of its addresses. UDP is not: no hook for datagrams yet."""
+    """Every service port, with the keys of its addresses."""
     for service in mesh.services:
         for port in service.ports:
-            if port.protocol is not Protocol.UDP:
-                yield service, port, [service_key(address, port.port, port.protocol) for address in service.addresses]
+            yield service, port, [service_key(address, port.port, port.protocol) for address in service.addresses]
 
 
 class EndpointIds:
@@ -143,9 +149,12 @@ class EndpointIds:
 
 @dataclass(frozen=True, slots=True)
 class PortRows:
-    """What one service port takes: its endpoints (also those that no slot names), slots and policy."""
+    """What one service port takes: its endpoints (also those that no slot names), slots and policy; of UDP, `serving`
+    names the endpoints that a socket may go on talking to, whatever their state and weight.
+    """
 
     endpoints: list[tuple[bytes, bytes]]
+    serving: list[tuple[bytes, bytes]]
     slots: list[tuple[bytes, bytes]]
     policy: bytes
 
@@ -167,6 +176,8 @@ def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int
     order = [picked[which] for which in interleave(shares(weights))]
     order.sort(key=lambda entry: not entry[1])  # stable: IPv4 first, each family still spread evenly
     slots = [(SLOT.pack(service_id, index), key) for index, (key, _ipv4) in enumerate(order)]
+    own = service_id.to_bytes(4, "little")
+    serving = [(own + key, PRESENT) for key, _value in endpoints] if port.protocol is Protocol.UDP else []
     random = policy.load_balancer.simple is Balance.RANDOM
     held = POLICY.pack(
         len(order),
@@ -176,7 +187,7 @@ def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int
         abi.Down.REFUSE if policy.on_proxy_down is OnProxyDown.REFUSE else abi.Down.DIRECT,
         0,
     )
-    return PortRows(endpoints, slots, held)
+    return PortRows(endpoints, serving, slots, held)
 
 
 def plan(mesh: Mesh, have: Tables, free: Ids = Ids()) -> Plan:
@@ -202,6 +213,7 @@ def plan(mesh: Mesh, have: Tables, free: Ids = Ids()) -> Plan:
             held = wanted.endpoints.setdefault(endpoint_key, value)
             if value < held:
                 wanted.endpoints[endpoint_key] = value
+        wanted.serving.update(rows.serving)
         wanted.slots.update(rows.slots)
         wanted.policies[service_id.to_bytes(4, "little")] = rows.policy
         for key in keys:
@@ -226,5 +238,5 @@ def _check_room(have: Tables, wanted: Tables, sizes: MapSizes) -> None:
         entries = len(getattr(wanted, name))
         if name != "services":
             entries += sum(1 for key in getattr(have, name) if key not in getattr(wanted, name))
-        if entries > getattr(sizes, name):
-            raise MapFull(name, getattr(sizes, name))
+        if entries > getattr(sizes, sized_by(name)):
+            raise MapFull(sized_by(name), getattr(sizes, sized_by(name)))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from loader.diff import Run, runs
-from loader.plan import IDENTITY, TABLES, EndpointIds, Ids, Plan, PortRows, Tables, carried, plan, rows_of
+from loader.plan import IDENTITY, TABLES, EndpointIds, Ids, Plan, PortRows, Tables, carried, plan, rows_of, sized_by
 from meshbpf.errors import MapFull
 from meshbpf.model import MapSizes, Mesh, Port, Service, ServicePolicy
 
@@ -109,11 +109,13 @@ class Planner:
             have.policies[key] = self._tables.policies[key]
             old = rows_of(change.old, change.port, change.policy, change.service_id, self._endpoints)
             have.slots.update((slot, self._tables.slots[slot]) for slot, _endpoint in old.slots)
+            have.serving.update(old.serving)
             touched.update(self._count(old, -1))
         for change in changes:
             rows = rows_of(change.new, change.port, change.policy, change.service_id, self._endpoints)
             want.policies[change.service_id.to_bytes(4, "little")] = rows.policy
             want.slots.update(rows.slots)
+            want.serving.update(rows.serving)
             touched.update(self._count(rows, 1))
         for key, value in touched.items():
             if key in self._tables.endpoints:
@@ -139,5 +141,5 @@ def _check_room(tables: Tables, want: Tables, sizes: MapSizes) -> None:
     for name in TABLES:
         table = getattr(tables, name)
         more = sum(1 for key in getattr(want, name) if key not in table)
-        if len(table) + more > getattr(sizes, name):
-            raise MapFull(name, getattr(sizes, name))
+        if len(table) + more > getattr(sizes, sized_by(name)):
+            raise MapFull(sized_by(name), getattr(sizes, sized_by(name)))

@@ -31,16 +31,22 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "flows": (32, 40, False),
     "listeners": (4, 4, False),  # keys are socket descriptors
     "connections": (4, 32, True),
+    "serving": (8, 4, False),
+    "connected": (8, 40, False),
+    "talks": (32, 40, False),
+    "answers": (32, 20, False),
     "counters": (4, 8, True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an apply did: writes made, and the names of the ids now in the kernel."""
+    """What an apply did: writes made, the names of the ids now in the kernel, and whether an endpoint of a UDP port
+    left: then sockets may be connected to it."""
 
     writes: int
     plan: Plan
+    left: bool = False
 
 
 class Dataplane:
@@ -57,6 +63,7 @@ class Dataplane:
             path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
         self._planner: Planner | None = None
+        self._left = False  # also by an apply that failed half-way
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -75,13 +82,15 @@ class Dataplane:
             self._make_rows(step.plan)
         writes = 0
         for run in step.runs:
+            self._left |= run.table == "serving" and bool(run.gone)
             self.maps[run.table].update_many(run.rows)
             self.maps[run.table].delete_many(run.gone)
             writes += len(run)
         if step.whole:
             self._drop_rows(step.plan)
         self._planner = planner
-        return Applied(writes, step.plan)
+        left, self._left = self._left, False
+        return Applied(writes, step.plan, left)
 
     def _make_rows(self, planned: Plan) -> None:
         """Every service id has its round-robin position and its connection counts before a hook can look."""

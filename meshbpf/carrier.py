@@ -25,7 +25,7 @@ class Choice:
 def choose(port: Port, policy: ServicePolicy) -> Choice:
     """The carrier of `port` under `policy` (INTERFACE, "mode: auto follows the port's protocol")."""
     if port.protocol is Protocol.UDP:
-        return Choice(Carrier.DIRECT, "udp")
+        return Choice(Carrier.DIRECT, "protocol_udp")
     if policy.mode is Mode.DIRECT:
         return Choice(Carrier.DIRECT, "policy_mode_direct")
     if port.protocol in (Protocol.HTTP2, Protocol.GRPC):

@@ -199,6 +199,7 @@ class MapSizes:
     policies: int = 16384
     flows: int = 65536
     members: int = 65536
+    datagrams: int = 16384
 
 
 @dataclass(frozen=True, slots=True)

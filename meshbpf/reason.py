@@ -51,6 +51,11 @@ class Reason(IntEnum):
     NO_STAGE = 33
     READER_COUNTS = 34
     BOUND_TO_DEVICE = 35
+    # UDP: sendmsg, recvmsg, and connect of a UDP socket
+    UNANSWERED = 36
+    ENDPOINT_GONE = 37
+    ANSWERED = 38
+    DATAGRAMS_FULL = 39
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -117,6 +122,10 @@ TEXT: dict[Reason, str] = {
     Reason.READER_UNCHECKED: "not carried yet: the application's process was not looked at",
     Reason.READER_COUNTS: "an answer by TCP: this kernel hides redirected bytes from readers that use FIONREAD",
     Reason.BOUND_TO_DEVICE: "the caller's socket is bound to a device, where no proxy listens: onProxyDown applied",
+    Reason.UNANSWERED: "no answer for a second: the socket's next datagram was led to another endpoint",
+    Reason.ENDPOINT_GONE: "the socket's endpoint left the service: its next datagram was led to another one",
+    Reason.ANSWERED: "a datagram of an endpoint, shown as one of the service",
+    Reason.DATAGRAMS_FULL: "a UDP socket could not be noted: it keeps its endpoint, whatever becomes of that",
     Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",

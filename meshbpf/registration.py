@@ -75,7 +75,10 @@ def registration(
     if len({spec.name for spec in specs}) < len(specs):
         raise ConfigError("--port", "two ports have the same name: write NAME=PORT")
     try:
-        parsed = checks.parse(check or "tcp") if check or with_command else None
+        checked = next((spec for spec in specs if spec.protocol != "udp"), None)
+        if check and not check.startswith("cmd:") and checked is None:
+            raise ValueError("only cmd:COMMAND can check a program that has UDP ports alone")
+        parsed = checks.parse(check or "tcp") if check or (with_command and checked) else None
     except ValueError as error:
         raise ConfigError("--check", str(error)) from None
     entries: dict[str, dict[str, Any]] = {}
@@ -95,4 +98,4 @@ def registration(
         raise ConfigError("--interval", str(error)) from None
     if not 0.05 <= every < instance.ttl:
         raise ConfigError("--interval", f"must be at least 50ms and shorter than the ttl of {ttl}")
-    return Registration(service, id, body, address, specs[0].port, every, parsed)
+    return Registration(service, id, body, address, (checked or specs[0]).port, every, parsed)

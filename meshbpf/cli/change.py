@@ -39,7 +39,7 @@ def attach(
     allow_root_cgroup: AllowRoot = False,
 ) -> None:
     """Load the programs, fill the tables, attach, then exit. Direct ports then work with no process at all."""
-    from meshbpf.runtime import orphans
+    from meshbpf.runtime import orphans, stranded
     from meshbpf.runtime.sources import last_generation, once
 
     environment.require_capabilities()
@@ -53,6 +53,9 @@ def attach(
             found[0].set_agent(0, 0)  # onProxyDown is better than a worker that closes what it does not know
             found[0].close()
         dataplane.attach(target, paths, mesh)
+        if found := dataplane.open_pins(target):
+            stranded.end(found[0].maps)
+            found[0].close()
     choices = [choose(port, mesh.policy_for(service)) for service in mesh.services for port in service.ports]
     governed = sum(1 for choice in choices if choice.carrier is not Carrier.DIRECT)
     typer.echo(

@@ -11,10 +11,14 @@ from loader.plan import service_key
 from meshbpf.carrier import Carrier, choose
 from meshbpf.cli.view import unknown
 from meshbpf.errors import NotFound
-from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Service, ServicePolicy
+from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Protocol, Service, ServicePolicy
 from meshbpf.reason import TEXT, Reason
 
 Steps = list[tuple[str, str]]
+CONVERSATION = (
+    "a socket stays with its endpoint until that leaves the service; a retry after a second without an answer,"
+    " from a socket that is not connected, goes to another one"
+)
 
 
 def verdicts(counters: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -100,6 +104,8 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
         fallback = "led to an endpoint, ungoverned" if policy.on_proxy_down is OnProxyDown.DIRECT else "refused"
         steps.append(("proxy down", f"onProxyDown {policy.on_proxy_down}: {fallback}"))
     steps.append(("balance", _balance(policy, choice.carrier)))
+    if port.protocol is Protocol.UDP:
+        steps.append(("conversation", CONVERSATION))
     steps += _endpoints(plane, service, port, held)
     return steps
 
@@ -134,7 +140,7 @@ def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | Non
             continue
         count = shares.get(bytes(abi.EndpointValue(abi.pack_address(endpoint.address), number))[:18], 0)
         why = (
-            f"{100 * count / total:.3g}% of new connections"
+            f"{100 * count / total:.3g}% of new {'sockets' if port.protocol is Protocol.UDP else 'connections'}"
             if count
             else f"never picked: {endpoint.state}, weight {endpoint.weight}"
         )

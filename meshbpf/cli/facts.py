@@ -23,10 +23,16 @@ from meshbpf.errors import EnvironmentLack, MeshError
 from meshbpf.model import OnProxyDown
 
 # bpftool's words for the hooks that we use; newer ones say cgroup_inet4_connect
-OUR_HOOKS = ("connect4", "connect6", "getpeername4", "getpeername6", "sock_ops")
+OUR_HOOKS = (
+    "connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sock_ops",
+)  # fmt: skip
 LONG_NAMES = {
     "cgroup_inet4_connect": "connect4",
     "cgroup_inet6_connect": "connect6",
+    "cgroup_udp4_sendmsg": "sendmsg4",
+    "cgroup_udp6_sendmsg": "sendmsg6",
+    "cgroup_udp4_recvmsg": "recvmsg4",
+    "cgroup_udp6_recvmsg": "recvmsg6",
     "cgroup_inet4_getpeername": "getpeername4",
     "cgroup_inet6_getpeername": "getpeername6",
     "cgroup_sock_ops": "sock_ops",

@@ -45,9 +45,6 @@ def put_in(
     """Put a program into the registry while it is ready. It is taken out before it is told to stop. `meshbpf run`
     must be running: without it, this tries again until there is one.
     """
-    for text in port:
-        if text.endswith("/udp"):
-            raise typer.BadParameter(f"{text}: UDP is not carried yet", param_hint="--port")
     try:
         wanted = registration(
             service, port, address=address, service_port=service_port, ttl=ttl, check=check, interval=interval, id=id,

@@ -9,7 +9,7 @@ from loader.dataplane import Dataplane
 from loader.plan import service_key
 from meshbpf.carrier import choose
 from meshbpf.errors import NotFound
-from meshbpf.model import EndpointState, Mesh, Port, Protocol, Service
+from meshbpf.model import EndpointState, Mesh, Port, Service
 from meshbpf.schema.fields import meant
 
 
@@ -31,9 +31,7 @@ def unknown(mesh: Mesh, text: str) -> NotFound:
 
 
 def in_kernel(plane: Dataplane, service: Service, port: Port) -> bool:
-    """Whether the connect hook knows the port under every address of the service."""
-    if port.protocol is Protocol.UDP:
-        return False
+    """Whether the hooks know the port under every address of the service."""
     keys = [service_key(address, port.port, port.protocol) for address in service.addresses]
     return bool(keys) and all(plane.maps["services"].lookup(key) is not None for key in keys)
 
@@ -98,9 +96,7 @@ def endpoints(
                         "service": service.label,
                         "endpoint": host,
                         "port": name,
-                        "state": endpoint.state.value
-                        if key in held or name not in _kernel_ports(service)
-                        else "not_in_kernel",
+                        "state": endpoint.state.value if key in held else "not_in_kernel",
                         "weight": endpoint.weight,
                         "ok": seen.get("ok"),
                         "failed": seen.get("failed"),
@@ -110,10 +106,6 @@ def endpoints(
                     }
                 )
     return rows
-
-
-def _kernel_ports(service: Service) -> set[str]:
-    return {port.name for port in service.ports if port.protocol is not Protocol.UDP}
 
 
 def hosts(mesh: Mesh) -> str:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from loader.instance import Instance
 from meshbpf import wire
 from meshbpf.errors import MeshError
 from meshbpf.model import Mesh
-from meshbpf.runtime import cgroup, orphans
+from meshbpf.runtime import cgroup, orphans, stranded
 from meshbpf.runtime.following import Following
 from meshbpf.runtime.listeners import Served
 from meshbpf.runtime.namespaces import Namespaces
@@ -35,6 +36,7 @@ from meshbpf.telemetry import Totals
 log = logging.getLogger("agent")
 SCAN_SECONDS = 5.0
 READY_SECONDS = 30.0
+SWEEP_SECONDS = 1.0  # sockets whose endpoint left are looked for, in the whole table, not with every change
 
 
 def split_listen(listen: str) -> tuple[str, int]:
@@ -72,8 +74,9 @@ class Agent:
         )
         self.namespaces = Namespaces(options.cgroups, self._port, self._serve, self.supervisor.unlisten)
         self.following = Following(
-            options.instance, options.cgroups, mesh, self.supervisor, self.namespaces, self.totals, self._settled
-        )
+            options.instance, options.cgroups, mesh, self.supervisor, self.namespaces, self.totals, self._settled,
+            self._endpoint_left,
+        )  # fmt: skip
         self._events: Events | None = None
         self._orphans: list[orphans.Orphan] = []
         self._prepared: dataplane.Prepared | None = None  # between attach and leading
@@ -85,6 +88,8 @@ class Agent:
         self._trial: asyncio.Task[None] | None = None
         self.gone: list[str] = []  # cgroups that the last scan did not find
         self._needed: list[asyncio.Task[Any]] = []
+        self._left = True  # an endpoint of a UDP port may have left since the last scan
+        self._swept = -SWEEP_SECONDS
 
     @property
     def ready(self) -> bool:
@@ -225,9 +230,24 @@ class Agent:
                 self._carried = {}
                 self._lead_anew()
                 self.namespaces.scan()
+                if self._left:
+                    self._left = False
+                    self._end_stranded()
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
             await self.following.note_again()
+
+    def _endpoint_left(self) -> None:
+        self._left = True  # for the next scan, too: a connect() may be just reading the tables as they were
+        if time.monotonic() - self._swept >= SWEEP_SECONDS:
+            self._end_stranded()
+
+    def _end_stranded(self) -> None:
+        self._swept = time.monotonic()
+        try:
+            stranded.end(self.plane.maps)
+        except (MeshError, OSError) as error:
+            log.error("connected UDP sockets not looked at error=%s", error)
 
     def _lead_anew(self) -> None:
         """A cgroup is removed and made anew when its unit restarts: nothing leads the new one until we do."""

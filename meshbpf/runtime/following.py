@@ -31,7 +31,9 @@ SETTLE_SECONDS = 1.0  # how long a worker that hangs may hold a new mesh up
 
 
 class Following:
-    """`settled` waits, for so many seconds at most, until every worker serves what it was told or one has refused."""
+    """`settled` waits, for so many seconds at most, until every worker serves what it was told or one has refused;
+    `left` hears that an endpoint of a UDP port has left.
+    """
 
     plane: Dataplane  # once attached
 
@@ -44,6 +46,7 @@ class Following:
         namespaces: Namespaces,
         totals: Totals,
         settled: Callable[[float], Awaitable[bool]],
+        left: Callable[[], None],
     ) -> None:
         self.mesh = mesh
         self.error = ""  # why the newest mesh is not served, or not noted
@@ -56,6 +59,7 @@ class Following:
         self._totals = totals
         self._totals.adopt(mesh, time.monotonic())
         self._settled = settled
+        self._left = left
         self._ignored = mesh.agent
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
         self.redirect_lack: str | None = None  # as attach found; None: ask the state file
@@ -83,6 +87,8 @@ class Following:
             with contextlib.suppress(OSError):
                 await self.tell(self.mesh)
             return
+        if applied.left:
+            self._left()
         self.error = ""
         self.mesh = mesh
         self._totals.adopt(mesh, time.monotonic())

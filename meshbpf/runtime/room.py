@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
-from loader.plan import TABLES, carried, shares
-from meshbpf.model import EndpointState, MapSizes, Mesh, Service
+from loader.plan import TABLES, carried, shares, sized_by
+from meshbpf.model import EndpointState, MapSizes, Mesh, Protocol, Service
 from meshbpf.registry.instance import ServiceId
 from meshbpf.registry.merge import Problem
 
@@ -35,8 +35,8 @@ class _Used:
         if instead is not None:
             rows.subtract(_rows(instead)[0])
         for table in TABLES:
-            if self.rows[table] + rows[table] > getattr(sizes, table):
-                return f"does not fit into map {table}: raise Agent.spec.maps.{table}"
+            if self.rows[table] + rows[table] > getattr(sizes, sized_by(table)):
+                return f"does not fit into map {table}: raise Agent.spec.maps.{sized_by(table)}"
         self.rows.update(rows)
         self.endpoints |= named
         return ""
@@ -50,7 +50,8 @@ def _rows(service: Service) -> tuple[Counter[str], set[tuple[str, int]]]:
         known = [endpoint for endpoint in service.endpoints if port.name in endpoint.ports]
         ready = [e.weight for e in known if e.state is EndpointState.READY and e.weight > 0]
         named.update((endpoint.address, endpoint.ports[port.name]) for endpoint in known)
-        rows.update(services=len(keys), policies=1, slots=sum(shares(ready)))
+        serving = len(known) if port.protocol is Protocol.UDP else 0
+        rows.update(services=len(keys), policies=1, slots=sum(shares(ready)), serving=serving)
     return rows, named
 
 
@@ -67,7 +68,7 @@ class Fitter:
             self._most[id(service)] = known.get(id(service)) or (service, _most(service))
         counted = [most for _service, most in self._most.values()]
         sums = [sum(column) for column in zip(*counted, strict=True)]
-        if all(rows <= getattr(sizes, table) for table, rows in zip(TABLES, sums, strict=False)) and (
+        if all(rows <= getattr(sizes, sized_by(table)) for table, rows in zip(TABLES, sums, strict=False)) and (
             max((most[TABLES.index("slots")] for most in counted), default=0) <= MAX_SLOTS
         ):
             return mesh, []

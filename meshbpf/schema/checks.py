@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshbpf.model import Agent
+from meshbpf.model import Agent, Mode, Protocol
 from meshbpf.schema import addresses
 from meshbpf.schema.agent import AgentDocument
 from meshbpf.schema.fields import meant
@@ -108,9 +108,19 @@ def _policies(
             )
         elif (named := names.setdefault((policy.name, policy.namespace), document)) is not document:
             report.add(document.at, f"policy {policy.name} is defined twice, first at {named.at}: rename one")
+        if policy.mode is Mode.PROXY and (udp := _udp_ports(known.get(policy.service_id))):
+            report.add(
+                document.mode_at,
+                f"spec.mode proxy: no proxy carries UDP, and service {policy.service} has the UDP port {udp[0]}:"
+                " leave mode out, or give that port a service of its own",
+            )
         if policy.service_id not in known and complete:
             hint = _near(policy.service, policy.namespace, known)
             report.add(document.service_at, f"no service {policy.service} in namespace {policy.namespace}: {hint}")
+
+
+def _udp_ports(document: ServiceDocument | None) -> list[str]:
+    return [port.name for port in document.service.ports if port.protocol is Protocol.UDP] if document else []
 
 
 def _near(name: str, namespace: str, known: dict[tuple[str, str], ServiceDocument]) -> str:

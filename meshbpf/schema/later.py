@@ -23,7 +23,6 @@ FIELDS: Mapping[str, str] = {
     "Agent.spec.registries.zookeeper": "the ZooKeeper registry",
     "Agent.spec.registries.kubernetes": "the Kubernetes registry",
     "Agent.spec.registries.consul": "the Consul registry",
-    "Service.spec.ports.protocol=udp": "UDP, not carried yet",
     "ServicePolicy.spec.subsets": "subsets",
     "ServicePolicy.spec.retries": "retries",
     "ServicePolicy.spec.healthCheck": "active health checks",

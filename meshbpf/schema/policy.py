@@ -26,6 +26,7 @@ class PolicyDocument:
     policy: ServicePolicy
     at: Mark
     service_at: Mark
+    mode_at: Mark
 
 
 def read(document: Fields) -> PolicyDocument:
@@ -53,7 +54,7 @@ def read(document: Fields) -> PolicyDocument:
         access_log=_access_log(spec.below("accessLog")),
         source=str(at),
     )
-    return PolicyDocument(policy, at, spec.where("service"))
+    return PolicyDocument(policy, at, spec.where("service"), spec.where("mode"))
 
 
 def _connection_pool(fields: Fields) -> ConnectionPool:

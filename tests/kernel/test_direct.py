@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from meshbpf.model import Balance, Endpoint, EndpointState, Port, Protocol, Service
+from meshbpf.model import Balance, EndpointState
 from tests.support.ground import Ground, Listener, inside, mesh, reached, service, untouched
 from tests.support.machine import until
 
@@ -160,27 +160,6 @@ def test_what_is_no_service_is_untouched(ground: Ground, listeners: list[Listene
         ground.connect(OTHER, 80)
     assert ground.reasons() == before
     assert untouched(*listeners)
-
-
-def test_udp_is_untouched(ground: Ground, listeners: list[Listener]) -> None:
-    both = Service(
-        "both",
-        addresses=(ADDRESS,),
-        ports=(Port("main", 80, Protocol.TCP), Port("datagrams", 80, Protocol.UDP)),
-        endpoints=(Endpoint("127.0.0.1", {"main": listeners[0].port, "datagrams": 9}),),
-    )
-    ground.attach(mesh(both))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server, inside(ground.cgroup):
-        server.bind((ADDRESS, 80))
-        server.settimeout(5)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connected:
-            connected.connect((ADDRESS, 80))
-            connected.send(b"connected")
-            assert server.recv(100) == b"connected"
-            assert connected.getpeername() == (ADDRESS, 80)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"sent to", (ADDRESS, 80))
-            assert server.recv(100) == b"sent to"
 
 
 def test_mptcp_is_not_broken(ground: Ground, listeners: list[Listener]) -> None:

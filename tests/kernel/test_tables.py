@@ -65,21 +65,22 @@ def test_the_kernel_holds_what_was_planned(ground: Ground) -> None:
     assert services == {
         ("127.96.2.1", 80, 6): 1, ("fd00:96::1", 80, 6): 1,
         ("127.96.2.1", 9000, 6): 2, ("fd00:96::1", 9000, 6): 2,
-        ("127.96.2.2", 80, 6): 3, ("127.96.2.3", 443, 6): 4,
+        ("127.96.2.2", 80, 6): 3, ("127.96.2.2", 53, 17): 4, ("127.96.2.3", 443, 6): 5,
     }  # fmt: skip
     policies = {int.from_bytes(k, "little"): abi.PolicyValue.from_buffer_copy(v) for k, v in tables.policies.items()}
     assert {i: (p.slots, p.slots4, p.carrier, p.on_proxy_down) for i, p in policies.items()} == {
         1: (4, 3, abi.Carried.PROXY, abi.Down.DIRECT),
         2: (1, 1, abi.Carried.DIRECT, abi.Down.DIRECT),
         3: (1, 1, abi.Carried.PROXY, abi.Down.REFUSE),
-        4: (0, 0, abi.Carried.DIRECT, abi.Down.DIRECT),
+        4: (1, 1, abi.Carried.DIRECT, abi.Down.REFUSE),
+        5: (0, 0, abi.Carried.DIRECT, abi.Down.DIRECT),
     }
     (raw,) = bpftool.dump(ground.plane.maps_folder / "agent").values()
     noted = abi.AgentState.from_buffer_copy(raw)
     assert (noted.next_service, noted.next_endpoint) == (planned.free.service, planned.free.endpoint)
     for name in ("rounds", "connections"):
         rows = bpftool.dump(ground.plane.maps_folder / name)
-        assert {int.from_bytes(key, "little") for key in rows} == {1, 2, 3, 4}
+        assert {int.from_bytes(key, "little") for key in rows} == {1, 2, 3, 4, 5}
 
 
 def test_a_changed_mesh_is_written_over_the_old_one(ground: Ground) -> None:

@@ -314,6 +314,15 @@ def test_the_service_port_belongs_to_the_first_port() -> None:
     assert registration.registration("orders", ["1"], address="::1", with_command=True).id == "::1-1"
 
 
+def test_a_check_is_of_the_first_port_that_is_not_udp() -> None:
+    both = registration.registration("dns", ["dns=5353/udp", "tcp=5300/tcp"], service_port=53, with_command=True)
+    assert both.check is not None
+    assert (both.check.text, both.port, both.id) == ("tcp", 5300, "127.0.0.1-5353")
+    alone = registration.registration("dns", ["5353/udp"], service_port=53, with_command=True)
+    assert alone.check is None
+    assert registration.registration("dns", ["5353/udp"], check="cmd:true").check is not None
+
+
 @pytest.mark.parametrize(
     ("options", "where"),
     [
@@ -331,6 +340,8 @@ def test_the_service_port_belongs_to_the_first_port() -> None:
         ({"check": "cmd:"}, "--check"),
         ({"check": "cmd:'"}, "--check"),
         ({"check": "http:healthz"}, "--check"),
+        ({"ports": ["53/udp"], "check": "tcp"}, "--check"),
+        ({"ports": ["53/udp"], "check": "http:/"}, "--check"),
         ({"interval": "10s"}, "--interval"),
         ({"interval": "often"}, "--interval"),
     ],

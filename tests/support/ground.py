@@ -175,10 +175,16 @@ class Ground:
             opened[0].close()
         return self._planes[-1]
 
-    def client(self, family: int = socket.AF_INET, cgroup: Path | None = None, protocol: int = 0) -> socket.socket:
+    def client(
+        self,
+        family: int = socket.AF_INET,
+        cgroup: Path | None = None,
+        protocol: int = 0,
+        kind: int = socket.SOCK_STREAM,
+    ) -> socket.socket:
         """An application's socket."""
         with inside(cgroup or self.cgroup):
-            made = socket.socket(family, socket.SOCK_STREAM, protocol)
+            made = socket.socket(family, kind, protocol)
         made.settimeout(SECONDS)
         return made
 

@@ -19,7 +19,9 @@ Target = tuple[str, int]
 endpoints = st.builds(
     Endpoint,
     st.sampled_from(HOSTS),
-    st.fixed_dictionaries({}, optional={"main": st.sampled_from([1, 2]), "more": st.sampled_from([2, 3])}),
+    st.fixed_dictionaries(
+        {}, optional={"main": st.sampled_from([1, 2]), "more": st.sampled_from([2, 3]), "datagrams": st.just(1)}
+    ),
     st.sampled_from([0, 1, 1, 2, 6]),
     state=st.sampled_from(EndpointState),
 )
@@ -79,6 +81,16 @@ def connect(tables: Tables, address: str, port: int, ipv4_socket: bool) -> Led |
         else:
             refused = True
     return Led(frozenset(found), refused, retried)
+
+
+def unserved(tables: Tables) -> set[bytes]:
+    """Endpoints that a UDP service leads to, and whose sockets would be taken for stranded."""
+    led: set[bytes] = set()
+    for key, raw in tables.services.items():
+        if abi.ServiceKey.from_buffer_copy(key).protocol == 17:
+            policy, service_id = abi.PolicyValue.from_buffer_copy(tables.policies[raw]), int.from_bytes(raw, "little")
+            led |= {raw + tables.slots[bytes(abi.SlotKey(service_id, index))] for index in range(policy.slots)}
+    return led - tables.serving.keys()
 
 
 def serving(mesh: Mesh, address: str, port: int, ipv4_socket: bool) -> frozenset[Target] | None:

@@ -48,8 +48,6 @@ RUN_BY = {
     "meshbpf.demo.caller": "e2e/test_demo.py",
     "meshbpf.runtime.api": "e2e/test_registry.py",
     "meshbpf.runtime.main": "e2e/test_thread.py",
-    "meshbpf.runtime.metrics": "e2e/test_metrics.py",
-    "meshbpf.runtime.sources": "e2e/test_reload.py",
     "meshbpf.runtime.stop": "e2e/test_agent.py",
 }
 

@@ -24,9 +24,9 @@ TABLE = {
     (Protocol.TLS, Mode.AUTO): (DIRECT, "protocol_tls"),
     (Protocol.TLS, Mode.DIRECT): (DIRECT, "policy_mode_direct"),
     (Protocol.TLS, Mode.PROXY): (PROXY, "policy_mode_proxy"),
-    (Protocol.UDP, Mode.AUTO): (DIRECT, "udp"),
-    (Protocol.UDP, Mode.DIRECT): (DIRECT, "udp"),
-    (Protocol.UDP, Mode.PROXY): (DIRECT, "udp"),
+    (Protocol.UDP, Mode.AUTO): (DIRECT, "protocol_udp"),
+    (Protocol.UDP, Mode.DIRECT): (DIRECT, "protocol_udp"),
+    (Protocol.UDP, Mode.PROXY): (DIRECT, "protocol_udp"),
 }
 
 

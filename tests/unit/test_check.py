@@ -100,7 +100,9 @@ def test_programs_behind_our_pins_are_not_foreign() -> None:
     tree = [
         {"cgroup": "/a", "programs": [{"id": 11, "attach_type": "connect4", "name": "connect4"}]},
         {"cgroup": "/b", "programs": [{"id": 31, "attach_type": "cgroup_inet4_connect", "name": "other"}]},
+        {"cgroup": "/b", "programs": [{"id": 33, "attach_type": "cgroup_udp6_sendmsg", "name": "datagrams"}]},
         {"cgroup": "/c", "programs": [{"id": 32, "attach_type": "device"}]},
     ]
     around = facts.others(links, programs, tree)
-    assert around == Neighbours((ForeignProgram(31, "other", "connect4", "/b"),), ("theirs",), 1)
+    hooks = (ForeignProgram(31, "other", "connect4", "/b"), ForeignProgram(33, "datagrams", "sendmsg6", "/b"))
+    assert around == Neighbours(hooks, ("theirs",), 1)

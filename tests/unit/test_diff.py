@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loader.diff import diff
 from loader.plan import Ids, Tables, plan
 from meshbpf.model import Endpoint, EndpointState, Mesh, Port, Protocol, Service
-from tests.support.meshes import ADDRESSES, connect, do, meshes, serving
+from tests.support.meshes import ADDRESSES, connect, do, meshes, serving, unserved
 
 DIALS = [(address, port, ":" not in address) for address in ADDRESSES for port in (80, 81)]
 
@@ -23,6 +23,7 @@ def check_every_moment(kernel: Tables, old: Mesh, new: Mesh) -> Ids:
     for write in [None, *writes]:
         if write is not None:
             do(kernel, write)
+        assert not unserved(kernel), f"taken for stranded after {write}"
         for address, port, ipv4_socket in DIALS:
             before, after = (serving(mesh, address, port, ipv4_socket) for mesh in (old, new))
             led = connect(kernel, address, port, ipv4_socket)

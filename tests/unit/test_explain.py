@@ -75,11 +75,12 @@ def test_no_endpoint_and_a_policy() -> None:
     assert steps["verdict"].startswith("no_endpoint: ")
 
 
-def test_what_the_kernel_does_not_lead_is_left_alone() -> None:
-    steps = dict(said("127.96.0.10:53"))
-    assert "NOT known to the kernel" in steps["address"]
-    assert steps["verdict"] == "left alone: the kernel leads no connect to this port"
-    assert [step for step, _says in said("127.96.0.10:53")].count("verdict") == 1
+def test_a_udp_port() -> None:
+    steps = said("127.96.0.10:53")
+    assert ("address", "127.96.0.10:53, known to the kernel") in steps
+    assert ("carrier", "direct: protocol_udp") in steps
+    assert ("endpoint", "127.0.0.2:53, 100% of new sockets") in steps
+    assert dict(steps)["conversation"].startswith("a socket stays with its endpoint")
 
 
 def test_what_was_taken_out_of_the_kernel_is_seen() -> None:
@@ -88,6 +89,16 @@ def test_what_was_taken_out_of_the_kernel_is_seen() -> None:
     steps = explain(reader, MESH, "127.96.0.10:80")
     assert ("address", "127.96.0.10:80, NOT known to the kernel: connects to it are left alone") in steps
     assert ("address", "fd00::10:80, known to the kernel") in steps
+
+
+def test_what_the_kernel_does_not_lead_is_left_alone() -> None:
+    plane, reader = attached(MESH)
+    plane.forget("127.96.0.10", 80)
+    plane.forget("fd00::10", 80)
+    steps = explain(reader, MESH, "127.96.0.10:80")
+    assert [says for step, says in steps if step == "verdict"] == [
+        "left alone: the kernel leads no connect to this port"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,26 @@ def test_udp_and_tcp_have_their_own_port_numbers() -> None:
     assert mesh([Snapshot((dns, relay))], {}).problems == ()
 
 
+def test_a_udp_port_of_a_registry_is_not_carried_past_a_policy_that_wants_the_proxy() -> None:
+    """In files it is refused. One message for the port, not one for every endpoint."""
+    both = Service("dns", endpoints=(endpoint("10.0.0.1", udp=53, tcp=53), endpoint("10.0.0.2", udp=53)))
+    governed = Snapshot(policies=(ServicePolicy("p", service="dns", mode=Mode.PROXY),))
+    merger = Merger()
+    for files in (governed, Snapshot(), governed):
+        merged = merger.mesh([files, registry(both)], {})
+        assert merged == mesh([files, registry(both)], {})
+        found = only(merged.mesh)
+        if files is governed:
+            assert found.ports == (Port("tcp", 53, Protocol.TCP),)
+            assert [(e.address, dict(e.ports)) for e in found.endpoints] == [("10.0.0.1", {"tcp": 53})]
+            (problem,) = merged.problems
+            assert (problem.service, problem.what) == ("dns", "port udp")
+            assert problem.why.endswith("the service's policy has mode proxy: leave mode out")
+        else:
+            assert {port.name for port in found.ports} == {"tcp", "udp"}
+            assert (len(found.endpoints), merged.problems) == (2, ())
+
+
 def test_an_address_that_two_services_want_stays_with_the_earlier_source_and_the_other_gets_one_from_the_pool() -> None:
     grabbing = Service("aaa", addresses=("127.96.0.10", "10.9.9.9", "127.0.0.1"), ports=(HTTP,), source="registry")
     alone = replace(grabbing, name="bbb", addresses=("127.96.0.10",))
@@ -225,7 +245,8 @@ def histories(draw: st.DrawFn) -> list[list[Snapshot]]:
             )
             if rank and draw(st.booleans()):
                 services = tuple(replace(service, addresses=(), ports=()) for service in services)
-            said.append(Snapshot(services, source=name, allow_loopback=not rank or draw(st.booleans())))
+            governed = () if rank else tuple(draw(meshes()).policies.values())
+            said.append(Snapshot(services, governed, source=name, allow_loopback=not rank or draw(st.booleans())))
         found.append(said)
     return found
 

@@ -30,6 +30,7 @@ from meshbpf.model import (
 from tests.support.meshes import do, meshes
 
 HTTP, TCP = Port("http", 80, Protocol.HTTP), Port("tcp", 90, Protocol.TCP)
+UDP = Port("udp", 80, Protocol.UDP)
 
 
 def number(raw: bytes) -> int:
@@ -58,7 +59,7 @@ def test_every_row_of_a_small_mesh() -> None:
     orders = Service(
         "orders",
         addresses=("127.96.0.1", "fd00::1"),
-        ports=(HTTP, TCP, Port("udp", 80, Protocol.UDP)),
+        ports=(HTTP, TCP, UDP),
         endpoints=(Endpoint("127.0.0.1", {"http": 8080}, 2), Endpoint("127.0.0.2", {"http": 8080, "tcp": 9090}, 1)),
     )
     planned = plan(mesh(orders), Tables())
@@ -68,6 +69,8 @@ def test_every_row_of_a_small_mesh() -> None:
         service_key("fd00::1", 80, Protocol.HTTP): b"\1\0\0\0",
         service_key("127.96.0.1", 90, Protocol.TCP): b"\2\0\0\0",
         service_key("fd00::1", 90, Protocol.TCP): b"\2\0\0\0",
+        service_key("127.96.0.1", 80, Protocol.UDP): b"\3\0\0\0",
+        service_key("fd00::1", 80, Protocol.UDP): b"\3\0\0\0",
     }
     http, tcp = policies_of(tables)[1], policies_of(tables)[2]
     assert (http.slots, http.slots4, http.carrier, http.pick) == (3, 3, abi.Carried.PROXY, abi.Pick.ROUND_ROBIN)
@@ -76,8 +79,8 @@ def test_every_row_of_a_small_mesh() -> None:
     assert hosts_of(tables, 2) == ["127.0.0.2"]
     assert len(tables.slots) == 4
     assert len(tables.endpoints) == 3
-    assert planned.service_ids == {1: (orders, HTTP), 2: (orders, TCP)}
-    assert planned.free == Ids(3, 4)
+    assert planned.service_ids == {1: (orders, HTTP), 2: (orders, TCP), 3: (orders, UDP)}
+    assert planned.free == Ids(4, 4)
 
 
 def test_a_policy_is_told_to_the_kernel() -> None:

@@ -16,7 +16,7 @@ from loader.plan import ENDPOINT, POLICY, SLOT, Ids, Tables, packed, plan, servi
 from loader.planner import Planner
 from meshbpf.errors import MapFull
 from meshbpf.model import Agent, Endpoint, MapSizes, Mesh, Port, Protocol, Service
-from tests.support.meshes import ADDRESSES, connect, do, endpoints, meshes, serving
+from tests.support.meshes import ADDRESSES, connect, do, endpoints, meshes, serving, unserved
 
 DIALS = [(address, port, ":" not in address) for address in ADDRESSES for port in (80, 81)]
 
@@ -51,6 +51,7 @@ def test_every_step_ends_with_the_tables_of_a_whole_plan(chain: list[Mesh]) -> N
                 Write(run.table, key, None) for key in run.gone
             ]:
                 do(kernel, write)
+                assert not unserved(kernel)
                 for address, port, ipv4_socket in DIALS:
                     before, after = (serving(mesh, address, port, ipv4_socket) for mesh in (old, new))
                     led = connect(kernel, address, port, ipv4_socket)
@@ -64,19 +65,26 @@ def test_every_step_ends_with_the_tables_of_a_whole_plan(chain: list[Mesh]) -> N
         free = expected.free
 
 
-def one(name: str, number: int, *hosts: str) -> Service:
+def one(name: str, number: int, *hosts: str, protocol: Protocol = Protocol.TCP) -> Service:
     found = tuple(Endpoint(host, {"main": 1}) for host in hosts)
-    return Service(name, addresses=(f"127.96.0.{number}",), ports=(Port("main", 80, Protocol.TCP),), endpoints=found)
+    return Service(name, addresses=(f"127.96.0.{number}",), ports=(Port("main", 80, protocol),), endpoints=found)
 
 
-def test_one_changed_endpoint_is_three_writes_and_no_whole_plan() -> None:
-    services = [one(f"s{number}", number, f"127.0.1.{number}") for number in range(1, 200)]
+@pytest.mark.parametrize(
+    ("protocol", "tables"),
+    [
+        (Protocol.TCP, ["endpoints", "slots", "endpoints"]),
+        (Protocol.UDP, ["endpoints", "serving", "slots", "serving", "endpoints"]),
+    ],
+)
+def test_one_changed_endpoint_is_a_few_writes_and_no_whole_plan(protocol: Protocol, tables: list[str]) -> None:
+    services = [one(f"s{number}", number, f"127.0.1.{number}", protocol=protocol) for number in range(1, 200)]
     planner = Planner(Tables(), Ids())
     assert planner.follow(Mesh(services=tuple(services))).whole
-    services[50] = one("s51", 51, "127.0.2.1")
+    services[50] = one("s51", 51, "127.0.2.1", protocol=protocol)
     step = planner.follow(Mesh(services=tuple(services)))
     assert not step.whole
-    assert [(run.table, len(run)) for run in step.runs] == [("endpoints", 1), ("slots", 1), ("endpoints", 1)]
+    assert [(run.table, len(run)) for run in step.runs] == [(table, 1) for table in tables]
 
 
 def test_a_full_table_is_named_before_anything_is_written() -> None:
@@ -87,6 +95,19 @@ def test_a_full_table_is_named_before_anything_is_written() -> None:
         planner.follow(Mesh(agent, (one("a", 1, "127.0.0.2", "127.0.0.3"),)))
 
 
+def test_endpoints_of_udp_services_count_for_each_of_them() -> None:
+    """The table of who serves whom is as large as that of the endpoints, and is raised by the same field."""
+    agent = Agent(maps=MapSizes(endpoints=2))
+    both = ("127.0.0.1", "127.0.0.2")
+    services = (one("a", 1, *both, protocol=Protocol.UDP), one("b", 2, protocol=Protocol.UDP))
+    planner = Planner(Tables(), Ids())
+    planner.follow(Mesh(agent, services))
+    more = Mesh(agent, (services[0], one("b", 2, *both, protocol=Protocol.UDP)))
+    for follow in (planner.follow, lambda mesh: plan(mesh, Tables())):
+        with pytest.raises(MapFull, match=r"map endpoints is full at 2 entries: raise Agent\.spec\.maps\.endpoints"):
+            follow(more)
+
+
 def test_what_is_packed_by_hand_has_the_layouts_of_the_abi() -> None:
     for address in ("127.96.0.1", "255.0.10.9", "fd00::1"):
         assert packed(address) == bytes(abi.pack_address(address))
@@ -95,4 +116,5 @@ def test_what_is_packed_by_hand_has_the_layouts_of_the_abi() -> None:
         )
         assert service_key(address, 80, Protocol.TCP) == bytes(abi.ServiceKey(abi.pack_address(address), 80, 6))
     assert SLOT.pack(7, 9) == bytes(abi.SlotKey(7, 9))
+    assert (7).to_bytes(4, "little") + (9).to_bytes(4, "little") == bytes(abi.ServingKey(7, 9))
     assert POLICY.pack(5, 4, 1, 2, 1, 0) == bytes(abi.PolicyValue(5, 4, 1, 2, 1))

@@ -113,12 +113,13 @@ class Plane:
     def __init__(self) -> None:
         self.applied: list[int] = []
         self.error: Exception | None = None
+        self.left = False
 
     def apply(self, mesh: Mesh) -> Applied:
         if self.error is not None:
             raise self.error
         self.applied.append(mesh.generation)
-        return Applied(0, plan(mesh, Tables()))
+        return Applied(0, plan(mesh, Tables()), self.left)
 
 
 class Workers:
@@ -141,24 +142,29 @@ class Followed:
     following: Following
     plane: Plane
     workers: Workers
+    left: list[int]  # when it was heard that an endpoint left: the meshes applied by then
 
 
 @pytest.fixture
 def followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Followed:
     monkeypatch.setattr("loader.instance.RUN", tmp_path)
     plane, workers = Plane(), Workers()
+    left: list[int] = []
 
     async def settled(_seconds: float) -> bool:
         return True
 
-    made = Following(Instance("unit"), (), GOOD, cast(Supervisor, workers), cast(Namespaces, None), Totals(), settled)
+    made = Following(
+        Instance("unit"), (), GOOD, cast(Supervisor, workers), cast(Namespaces, None), Totals(), settled,
+        lambda: left.extend(plane.applied),
+    )  # fmt: skip
     made.plane = cast(Dataplane, plane)
 
     async def tell(mesh: Mesh) -> None:
         workers.use(mesh.generation, bytes)
 
     monkeypatch.setattr(made, "tell", tell)
-    return Followed(made, plane, workers)
+    return Followed(made, plane, workers, left)
 
 
 def test_what_a_worker_refuses_is_not_told_to_the_kernel(followed: Followed) -> None:
@@ -183,6 +189,14 @@ def test_no_error_of_the_machine_ends_the_following(followed: Followed, error: E
     plane.error = None
     asyncio.run(following.apply(NEW))
     assert (plane.applied, following.error) == ([2], "")
+
+
+def test_an_endpoint_of_a_udp_port_that_left_is_told_once_the_kernel_knows(followed: Followed) -> None:
+    asyncio.run(followed.following.apply(NEW))
+    assert followed.left == []
+    followed.plane.left = True
+    asyncio.run(followed.following.apply(NEW))
+    assert followed.left == [2, 2]
 
 
 def test_a_state_file_that_cannot_be_written_is_tried_again(followed: Followed, tmp_path: Path) -> None:

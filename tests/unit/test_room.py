@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loader.plan import Tables, plan
 from meshbpf.model import Agent, Endpoint, MapSizes, Mesh, Port, Protocol, Service
-from meshbpf.runtime.room import MAX_SLOTS, fit
+from meshbpf.runtime.room import MAX_SLOTS, Fitter, fit
 
 TCP = (Port("tcp", 80, Protocol.TCP),)
 
@@ -25,6 +27,21 @@ def test_only_what_does_not_fit_is_left_out() -> None:
     assert [problem.service for problem in problems] == [greedy.label]
     assert "Agent.spec.maps.slots" in problems[0].why
     plan(fitted, Tables())
+
+
+def test_each_udp_service_has_its_endpoints_for_itself() -> None:
+    ports = (Port("udp", 53, Protocol.UDP),)
+    hosts = tuple(Endpoint(f"10.0.0.{n}", {"udp": 53}, source="registry") for n in range(3))
+    first, second = (Service(n, addresses=(f"127.96.0.{i}",), ports=ports, endpoints=hosts) for i, n in enumerate("ab"))
+    mesh = Mesh(Agent(maps=MapSizes(endpoints=5)), (first, second))
+    fitted, problems = fit(mesh, set(), mesh.agent.maps)
+    assert fitted.services == (first,)
+    assert [problem.why for problem in problems] == ["does not fit into map serving: raise Agent.spec.maps.endpoints"]
+    plan(fitted, Tables())
+    assert Fitter().fit(mesh, (), mesh.agent.maps, "files") == (fitted, problems)
+    exact = replace(mesh, agent=Agent(maps=MapSizes(endpoints=6)))
+    assert fit(exact, set(), exact.agent.maps) == (exact, [])
+    plan(exact, Tables())
 
 
 def test_files_keep_their_endpoints_when_a_registry_adds_too_many() -> None:

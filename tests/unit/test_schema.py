@@ -205,7 +205,7 @@ def test_what_is_reserved_is_refused_and_never_ignored(field: str) -> None:
 
 
 def test_every_reserved_field_has_been_tried() -> None:
-    elsewhere = [name for name in later.FIELDS if ".registries." in name or name == "Service.spec.ports.protocol=udp"]
+    elsewhere = [name for name in later.FIELDS if ".registries." in name]
     assert len(RESERVED.splitlines()) + len(elsewhere) == len(later.FIELDS)
 
 
@@ -325,10 +325,7 @@ PORTS = "ports: [{name: http, port: 80}]"
         (service("{ports: [{name: http, port: 65536}]}"),
          "4:35: spec.ports[0].port must be a whole number from 1 to 65535, got 65536"),
         (service("{ports: [{name: http, port: 80, protocol: HTTP}]}"),
-         '4:49: spec.ports[0].protocol must be one of http, http2, grpc, tcp, tls, got "HTTP"'),
-        (service("{ports: [{name: dns, port: 53, protocol: udp}]}"),
-         "4:48: UDP, not carried yet: reserved, but this version does not enforce it "
-         "yet: use one of http, http2, grpc, tcp, tls"),
+         '4:49: spec.ports[0].protocol must be one of http, http2, grpc, tcp, tls, udp, got "HTTP"'),
         (service("{ports: [{name: http, port: 80}, {name: http, port: 81}]}"),
          '4:47: spec.ports[1].name "http" is taken by the port at f:4:23: rename one'),
         (service("{ports: [{name: http, port: 80}, {name: web, port: 80}]}"),

@@ -41,6 +41,11 @@ def found(*texts: str) -> list[str]:
         ([service("orders"), service("orders")],
          ["b:3:18: service orders is defined twice, first at a:3:18: remove one"]),
         ([service("orders"), service("orders", namespace="shop")], []),
+        # UDP
+        ([service("dns", port="names, port: 53, protocol: udp"), policy("p", "dns", "mode: proxy")],
+         ["b:6:9: spec.mode proxy: no proxy carries UDP, and service dns has the UDP port names:"
+          " leave mode out, or give that port a service of its own"]),
+        ([service("dns", port="names, port: 53, protocol: udp"), policy("p", "dns", "mode: direct")], []),
         # addresses
         ([service("a", "addresses: [127.96.0.10]"),
           service("b", "addresses: [127.96.0.9, 127.96.0.10]", namespace="x")],

@@ -30,7 +30,7 @@ def test_services() -> None:
     rows = view.services(reader, MESH)
     assert [(row["service"], row["port"], row["carrier"], row["why"], row["endpoints"]) for row in rows] == [
         ("orders", "80/http", "proxy", "protocol_http", "1/3"),
-        ("orders", "53/udp", "direct", "not_in_kernel", "1/1"),
+        ("orders", "53/udp", "direct", "protocol_udp", "1/1"),
         ("users.shop", "5432/tcp", "direct", "protocol_tcp", "0/0"),
     ]
     assert [(row["open"], row["connections"]) for row in rows] == [(4, 7), (0, 0), (0, 0)]
@@ -56,7 +56,7 @@ def test_endpoints_with_what_the_workers_saw() -> None:
     assert rows[0]["last_error"] == "connect_failed"
     plane.tables.endpoints.clear()
     assert [row["state"] for row in view.endpoints(reader, MESH, None, {})] == [
-        "not_in_kernel", "ready", "not_in_kernel", "not_in_kernel",
+        "not_in_kernel", "not_in_kernel", "not_in_kernel", "not_in_kernel",
     ]  # fmt: skip
 
 

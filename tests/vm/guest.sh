@@ -12,7 +12,7 @@ step() { # name, command...
 	[ $verdict = PASS ] || sed 's/^/    /' /tmp/said
 }
 
-mesh() { timeout 60 meshbpf "$@"; }
+mesh() { timeout 120 meshbpf "$@"; }
 call() { curl --silent --show-error --fail --max-time 20 "$1"; }
 member() { mesh exec --cgroup $APPS -- curl --silent --show-error --fail --max-time 20 "$1"; }
 refused() { # curl's own word for it, and no other way to fail
@@ -38,6 +38,7 @@ ready() { until_true "$agent" 60 call http://127.0.0.1:15020/readyz || { cat /tm
 # The proxy gives every request an x-request-id, which the endpoint saw: nothing but the proxy can have carried it.
 proxied() { member $GOVERNED >/tmp/answer && cat /tmp/answer && grep -qi '^x-request-id: ' /tmp/answer; }
 unproxied() { member $GOVERNED >/tmp/answer && ! grep -qi '^x-request-id: ' /tmp/answer; }
+datagrams() { mesh exec --cgroup $APPS -- python3 datagrams.py ask 127.96.0.12 53; }
 detach() { mesh detach; }
 gone() {
 	[ -z "$(find /sys/fs/bpf -mindepth 2)" ] || { find /sys/fs/bpf; return 1; }
@@ -52,6 +53,8 @@ step check check
 step attach attach
 step outside-is-untouched outside
 step direct-call member $DIRECT
+python3 datagrams.py serve 8082 &
+step datagrams datagrams
 step governed-call-without-agent unproxied
 meshbpf run --cgroup $APPS -c mesh.yaml >/tmp/agent 2>&1 &
 agent=$!
