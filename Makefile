@@ -12,7 +12,7 @@ C_FILES := $(filter-out bpf/abi.h,$(wildcard bpf/*.c bpf/*.h bpf/lib/*.h))
 ARGS :=
 
 .NOTPARALLEL:
-.PHONY: help setup packages demo test test-kernel unit golden check fmt abi test-vm bench clean
+.PHONY: help setup packages demo test test-kernel unit golden check fmt abi test-vm bench soak clean
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
@@ -62,6 +62,9 @@ test-vm: $(VENV)/.made ## attach, call, detach on kernels 5.10, 6.1 and 6.12 (AR
 bench: setup $(VENV)/.bench ## the figures of docs, measured here (QUICK=1: under 2 minutes)
 	@$(PROVISION) bench
 	$(SUDO) $(PY) -m bench $(if $(QUICK),--quick) $(ARGS)
+
+soak: setup ## load and change for SOAK_MINUTES (60), and nothing left behind
+	$(SUDO) $(PY) -m bench.soak $(if $(SOAK_MINUTES),--minutes $(SOAK_MINUTES)) $(ARGS)
 
 clean: ## everything that was made here
 	rm -rf $(VENV) vagrant/.cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

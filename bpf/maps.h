@@ -71,8 +71,8 @@ TABLE("lru_hash", struct talk_key, struct asked, answers, SIZE_DATAGRAMS, 0);
 TABLE("sockhash", struct member_key, u64, socks, SIZE_MEMBERS, 0);
 /* per socket: the pair it is in. Writers: command, redirect. */
 TABLE("sk_storage", int, struct member, members, 0, BPF_F_NO_PREALLOC);
-/* pair -> its binding. Writers: command, redirect. LRU, because a killed worker cannot clean up after itself; it has
- * room for more pairs than `socks` has for sockets, so that only leavings are ever evicted. */
+/* pair -> its binding. Writers: command, redirect, sockops. LRU, because a connection that ends after a detach leaves its
+ * own behind; it has room for more pairs than `socks` has for sockets, so that only leavings are ever evicted. */
 TABLE("lru_hash", u64, struct pair, pairs, SIZE_MEMBERS, 0);
 /* 0 -> the current redirect program. Writer: loader. Reader: the stub. */
 TABLE("prog", int, u32, stages, 1, 0);

@@ -91,6 +91,20 @@ static __always_inline void opened(struct bpf_sock_ops *ops, struct decision *de
 	watch(ops, decision); /* again, because a neighbour may have set its own flags in place of ours */
 }
 
+/* Who was in the redirect table is bound to nobody any more; its worker may have been killed. */
+static __always_inline void unbind(struct bpf_sock *sk)
+{
+#if REDIRECT
+	struct member *member = members.sk_storage_get(sk, 0, 0);
+
+	if (member) {
+		u64 pair = member->pair;
+
+		pairs.delete(&pair);
+	}
+#endif
+}
+
 static __always_inline void closed(struct bpf_sock_ops *ops, struct decision *decision, struct origin *origin)
 {
 	u32 service_id = decision->service_id;
@@ -156,10 +170,12 @@ int sockops(struct bpf_sock_ops *ops)
 	}
 	if (decision->counted)
 		closed(ops, decision, origin);
-	if (origin)
-		decision->given_port =
-		    0; /* of a socket that is connected again, to whom we led it before, we know nothing */
-	else
+	if (origin) {
+		/* When it is connected again, past us, to whom we led it before, that is no decision of ours. */
+		decision->given_port = 0;
+		unbind(sk);
+	} else {
 		recent_forget(cookie);
+	}
 	return 1;
 }

@@ -1,9 +1,10 @@
 """Whether a process may read its sockets by splice(2): a member's reader that does would stall (promise 2).
 
 The reasoning: splice needs a pipe, so a process that spliced an earlier answer of its connection holds both ends of
-one. A pipe whose reading end is in an epoll set of the process wakes an event loop (Go, Java, libevent); it carries no
-payload. The limits: a process that opens its first pipe within a second of our look, or later than joining, or that
-was handed the socket by the one that connected, is not seen. A process that we may not look at counts as one that may.
+one; the proxy asks only behind answers that had a body. A pipe whose reading end is in an epoll set of the process
+wakes an event loop (Go, Java, libevent); it carries no payload. The limits: a process that opens its first pipe within
+a second of our look, or later than joining, or that was handed the socket by the one that connected, is not seen. A
+process that we may not look at counts as one that may.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 KEEP = 1.0  # seconds that a look stays valid
@@ -74,7 +76,7 @@ class Pipes:
     def may_splice(self, pid: int) -> bool:
         begin = time.monotonic()
         look = self._looks.get(pid)
-        if look is not None and begin < look.until and not _ended(look.process):
+        if look is not None and begin < look.until and not _ended([look.process]):
             return look.splices
         self._forget(pid)
         try:
@@ -86,6 +88,7 @@ class Pipes:
         except OSError:
             splices = True
         now = time.monotonic()
+        self._forget_ended()
         if len(self._looks) >= PROCESSES:
             for old in [old for old, kept in self._looks.items() if kept.until < now] or [next(iter(self._looks))]:
                 self._forget(old)
@@ -96,13 +99,21 @@ class Pipes:
         for pid in list(self._looks):
             self._forget(pid)
 
+    def _forget_ended(self) -> None:
+        """Else a worker that nobody asks any more would hold a descriptor for each of its last callers."""
+        ended = _ended([look.process for look in self._looks.values()])
+        for pid in [pid for pid, look in self._looks.items() if look.process in ended]:
+            self._forget(pid)
+
     def _forget(self, pid: int) -> None:
         look = self._looks.pop(pid, None)
         if look is not None:
             os.close(look.process)
 
 
-def _ended(process: int) -> bool:
+def _ended(processes: Iterable[int]) -> set[int]:
+    """Those of the pidfds whose processes have ended."""
     poller = select.poll()
-    poller.register(process, select.POLLIN)
-    return bool(poller.poll(0))
+    for process in processes:
+        poller.register(process, select.POLLIN)
+    return {process for process, _event in poller.poll(0)}

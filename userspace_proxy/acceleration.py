@@ -1,7 +1,9 @@
 """When a connection joins the redirect table and leaves it. How that is done, the loader knows.
 
 A connection may join while a whole request of it has been read and not been answered: only then has everything that
-either side ever sent been read by the other, which is what joining asks for.
+either side ever sent been read by the other, which is what joining asks for. What counts as proof of worth is answers
+with a body, because only they show how the application reads: HAProxy makes the pipe by which the accelerator knows a
+reader that splices when it meets its first body, and a member that splices would stall.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ class Accelerator(Protocol):
 class Shortcut:
     """One connection's way into the redirect table and out of it."""
 
-    __slots__ = ("_accelerator", "_after", "_join_at", "_leaving", "_membership", "_served")
+    __slots__ = ("_accelerator", "_after", "_answered", "_join_at", "_leaving", "_membership")
 
     def __init__(self, accelerator: Accelerator, after: int) -> None:
         self._accelerator = accelerator
         self._after = after
-        self._join_at = after + 1  # the request from which on it is worth trying
-        self._served = 0
+        self._answered = 0  # with a body
+        self._join_at = after  # how many answers make it worth trying
         self._membership: Membership | None = None
         self._leaving = False
 
@@ -54,21 +56,24 @@ class Shortcut:
 
     def asked(self, netns: int, transport: asyncio.Transport) -> None:
         """A whole request has been read, nothing follows it yet: join, when the connection has proven worth it."""
-        self._served += 1
         if self._leaving:
             self.leave()
-        if self._membership is not None or self._served < self._join_at or transport.get_write_buffer_size():
+        if self._membership is not None or self._answered < self._join_at or transport.get_write_buffer_size():
             return
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._membership = self._accelerator.join(netns, peer[0], peer[1], local[0], local[1])
         # Refused: the reason may pass, so ask again, but ever more rarely.
-        self._join_at = self._served * 2
+        self._join_at = self._answered * 2 + 1
 
     def answering(self, size: int) -> None:
         """`size` bytes follow; what the table will not take whole goes by TCP."""
         membership = self._membership
         if membership is not None and (self._leaving or not membership.fits(size)):
             self.leave()
+
+    def answered(self) -> None:
+        """An answer with a body has been written whole."""
+        self._answered += 1
 
     def going_on(self) -> None:
         """More bytes follow by TCP, of something that began so."""
@@ -83,7 +88,7 @@ class Shortcut:
             self._leaving = membership.inside
             if not membership.inside:
                 self._membership = None
-                self._join_at = self._served + self._after
+                self._join_at = self._answered + self._after
 
 
 def shortcut_of(accelerator: Accelerator | None, route: Route | None, after: int) -> Shortcut | None:

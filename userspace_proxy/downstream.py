@@ -308,8 +308,11 @@ class Downstream(asyncio.Protocol):
         else:
             shortcut = self.shortcut
             until = self._ends = now + self._patience
-            if shortcut is not None and shortcut.joined:
-                until = min(until, now + self.limits.leave_idle)
+            if shortcut is not None:
+                if exchange.record.bytes_sent:
+                    shortcut.answered()
+                if shortcut.joined:
+                    until = min(until, now + self.limits.leave_idle)
             self.deadline = until
             if until < self.due:
                 self.proxy.wheel.at(self, until)

@@ -28,7 +28,7 @@ class Limits:
     stream_idle: float = 300.0  # without a byte either way while a request is served (Envoy's)
     attempts: int = 2  # tries of a connect, each on another endpoint
     tick: float = 0.05  # how late a timeout may be noticed
-    join_after: int = 4  # requests after which a connection may join the redirect table
+    join_after: int = 4  # answers with a body after which a connection may join the redirect table
     leave_idle: float = 3.0  # without a request on a connection that is in the redirect table
 
 

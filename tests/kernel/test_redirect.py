@@ -14,6 +14,7 @@ import pytest
 from loader import abi, redirect
 from loader.rig import Rig
 from meshbpf.reason import Reason
+from tests.support.machine import until
 
 
 def unread(sock: socket.socket) -> int:
@@ -61,6 +62,24 @@ def test_leave_then_come_back_as_often_as_you_like(rig: Rig) -> None:
             assert pair.p.recv(100) == b"by tcp %d" % round
             assert tcp_sent(pair.c) > before
         assert len(numbers) == 1
+
+
+@pytest.mark.parametrize("first", ["c", "p"])
+@pytest.mark.parametrize("how", ["closed", "reset", "unread"])
+def test_the_binding_ends_with_the_connection(rig: Rig, first: str, how: str) -> None:
+    """Whoever ends it, and though nobody leaves: a killed worker cannot."""
+    with rig.pair() as pair:
+        membership = rig.joined(pair)
+        ends = [pair.c, pair.p] if first == "c" else [pair.p, pair.c]
+        if how == "unread":
+            ends[1].sendall(b"redirected, and never read")
+        if how == "reset":
+            ends[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert rig.binding(membership) is not None
+        for end in ends:
+            end.close()
+        until(lambda: rig.binding(membership) is None, "the binding is gone")
+        assert list(rig.commands.socks.keys()) == []
 
 
 def test_leave_never_throws_unread_bytes_away(rig: Rig) -> None:

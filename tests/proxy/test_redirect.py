@@ -154,6 +154,26 @@ async def test_a_member_leaves_when_idle_and_may_come_back(bed: Bed) -> None:
     assert table.log == ["join", "leave", "join"]
 
 
+async def test_answers_without_a_body_do_not_count(bed: Bed) -> None:
+    """They do not show how the application reads: whether by splice, say, as HAProxy does."""
+    table = Table()
+
+    async def talk(peer: Peer) -> None:
+        while head := await peer.head():
+            peer.send(b"HTTP/1.1 204 No Content\r\n\r\n" if b"/none" in head else OK)
+
+    await bed.serve(await bed.endpoint(talk), accelerator=table, limits=Limits(join_after=2))
+    caller = await bed.caller()
+    for _ in range(6):
+        await caller.ask(GET.replace(b"GET / ", b"GET /none "))
+    assert table.log == []
+    for _ in range(2):
+        await caller.ask(GET)
+    assert table.log == []
+    await caller.ask(GET)
+    assert table.log == ["join"]
+
+
 async def test_a_member_that_does_not_get_out_still_ends_with_its_keep_alive(bed: Bed) -> None:
     table = Table(stuck=1 << 30)
     limits = Limits(leave_idle=0.05, keep_alive=0.3, tick=0.01, join_after=0)
