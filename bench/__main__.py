@@ -28,11 +28,12 @@ from typing import Any
 
 from bench import rounds as rounds_module
 from bench import scale
-from bench.backend import Backend, nginx
+from bench.backend import Backend
 from bench.envoy import Envoy
 from bench.figures import ALL, ATTACH, FIGURES, ROWS, SCALE, SCALE_SUBJECTS, WIDEST, Row, judge, series
 from bench.load import Load
-from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned
+from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned, program
+from bench.peers import HAProxy, Nginx
 from bench.report import markdown
 from bench.rounds import Plan, Rounds, Runner, say
 from bench.subjects import Attach, Mesh, NoMesh, Subject
@@ -44,7 +45,9 @@ FAILURES = (RuntimeError, OSError, subprocess.SubprocessError)  # what a subject
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="what meshbpf costs, against none and Envoy")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="what meshbpf costs, against no mesh and other proxies"
+    )
     quick = os.environ.get("QUICK", "") not in ("", "0")
     parser.add_argument("--quick", action="store_true", default=quick, help="3 short rounds (or QUICK=1)")
     parser.add_argument("--subjects", default=",".join(ALL), help="only these")
@@ -60,10 +63,11 @@ def lacking() -> str:
     """What this machine lacks for any run, with the remedy; empty when nothing."""
     if os.geteuid() != 0:
         return "root is needed for cgroups and BPF: sudo make bench"
-    if shutil.which("wrk") is None:
-        return "wrk is missing: vagrant/provision.sh bench (Debian package wrk)"
-    if nginx() is None:
-        return "nginx is missing: vagrant/provision.sh bench (Debian package nginx-light)"
+    try:
+        for name in ("wrk", "nginx"):
+            program(name)
+    except RuntimeError as error:
+        return str(error)
     return ""
 
 
@@ -121,7 +125,7 @@ class Bench:
             Mesh("direct", mode="direct", acceleration="off", number=1, **common),
             Mesh("proxy", mode="proxy", acceleration="redirect", number=2, **common),
             Mesh("proxy-off", mode="proxy", acceleration="off", number=3, **common),
-            Envoy(self.run, make("envoy-agent"), cpus, ports),
+            *(kind(self.run, make(f"{kind.name}-agent"), cpus, ports) for kind in (Envoy, HAProxy, Nginx)),
         ]
         self.attach = Attach("attach", mode="direct", acceleration="off", number=4, **common)
         self.starts = (

@@ -16,7 +16,8 @@ from bench.stats import Estimate, estimate, holds, ratios
 WIDEST = 0.05  # an interval wider than this has not answered the question: the row gets more rounds
 ERRORS_ALLOWED = 0.001  # of all requests; a refusal is cheaper than an answer, so more of them would flatter
 
-LOGGING = frozenset({"proxy", "proxy-off", "envoy"})  # equal features: these must have written their access log
+PEERS = ("envoy", "haproxy", "nginx")
+LOGGING = frozenset({"proxy", "proxy-off", *PEERS})  # equal features: these must have written their access log
 
 Cell = Mapping[str, Any]  # one measurement of one subject, as written to the raw file
 Round = Mapping[str, Cell]  # subject name -> its cell
@@ -59,12 +60,12 @@ class Verdict:
     why: str = ""
 
 
-ALL = ("none", "direct", "proxy", "proxy-off", "envoy")
+ALL = ("none", "direct", "proxy", "proxy-off", *PEERS)
 ROWS = (
     Row("keepalive", "1 KB answers, 32 kept connections", ALL),
     Row("newconn", "1 KB answers, a new connection each", ALL, close=True),
     # Eight: enough to keep every hop busy, few enough that eight windows of loopback stay in the cache of a small VM.
-    Row("large", "1 MiB answers, 8 kept connections", ("none", "direct", "proxy", "envoy"), "/large", 8),
+    Row("large", "1 MiB answers, 8 kept connections", ("none", "direct", "proxy", *PEERS), "/large", 8),
     Row("latency", "1 KB answers at half of Envoy's peak rate", ("none", "proxy", "envoy"), open_loop=True),
 )
 ATTACH = "attach"
@@ -80,6 +81,12 @@ FIGURES = (
     Figure("proxy vs Envoy, half of Envoy's peak: p99", "latency", "p99_us", "proxy", "envoy", 1.0, True),
     Figure("proxy vs Envoy, new connection: CPU/request", "newconn", "cpu_us", "proxy", "envoy", 1.3, True),
     Figure("proxy vs Envoy, 1 MiB bodies: throughput", "large", "rps", "proxy", "envoy", 0.8, False),
+    # At most twice the better one of the two is at most twice either.
+    *(
+        Figure(f"proxy vs {title}, {load}: CPU/request", row, "cpu_us", "proxy", peer, 2.0, True)
+        for row, load in (("keepalive", "keep-alive"), ("newconn", "new connection"), ("large", "1 MiB bodies"))
+        for peer, title in (("haproxy", "HAProxy"), ("nginx", "nginx"))
+    ),
     Figure("redirect vs off, keep-alive: CPU/request", "keepalive", "cpu_us", "proxy", "proxy-off", 0.95, True),
     Figure("redirect vs off, new connection: CPU/request", "newconn", "cpu_us", "proxy", "proxy-off", 1.02, True),
     Figure("attach, second time: seconds", ATTACH, "seconds", "attach", None, 2.0, True),

@@ -15,7 +15,8 @@ from bench import __main__ as command
 from bench import figures, openloop, report
 from bench.envoy import config
 from bench.figures import FIGURES, ROWS, Figure, judge, too_wide
-from bench.machine import busy_seconds, usage_seconds
+from bench.machine import busy_seconds, program, usage_seconds
+from bench.peers import HAProxy, Nginx, Peer
 from bench.stats import Estimate, drift, estimate, holds, percentile, ratios
 
 LOOSE = Figure("loose", "keepalive", "cpu_us", "direct", "none", 1.04, at_most=True)
@@ -224,12 +225,31 @@ def test_usage_reads_the_exact_clock_of_a_cgroup() -> None:
 
 
 def test_envoy_keeps_its_log_and_request_ids_and_has_no_tight_breaker() -> None:
-    static = config(1, 2, [3, 4], "/log")["static_resources"]
+    static = config(1, [3, 4], "/log")["static_resources"]
     manager = static["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     assert manager["access_log"][0]["typed_config"]["path"] == "/log"
     assert "generate_request_id" not in manager
     thresholds = static["clusters"][0]["circuit_breakers"]["thresholds"][0]
     assert thresholds["max_requests"] >= 1_000_000
+
+
+@pytest.mark.parametrize("kind", [HAProxy, Nginx])
+def test_a_peer_balances_over_all_endpoints_and_keeps_its_log(
+    kind: type[Peer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.peers.program", lambda name: name)
+    peer = kind(tmp_path, tmp_path, None, [8081, 8082])
+    text = Path(next(word for word in peer.command(8080) if word.endswith((".cfg", ".conf")))).read_text()
+    assert all(f"127.0.0.1:{port}" in text for port in (8080, 8081, 8082))
+    assert "x-request-id" in text.lower()
+    assert f"access_log {peer.access_log}" in text or (
+        "log stdout" in text and peer.access_log == tmp_path / "haproxy.out"
+    )
+
+
+def test_a_missing_program_is_named_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match=r"no-such-thing is missing: vagrant/provision.sh bench"):
+        program("no-such-thing")
 
 
 # --- the constant-rate client
