@@ -31,6 +31,7 @@ from bench import scale
 from bench.backend import Backend
 from bench.envoy import Envoy
 from bench.figures import ALL, ATTACH, FIGURES, ROWS, SCALE, SCALE_SUBJECTS, WIDEST, Row, judge, series
+from bench.intercept import Hooked, Redirected
 from bench.load import Load
 from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned, program
 from bench.peers import HAProxy, Nginx
@@ -126,6 +127,7 @@ class Bench:
             Mesh("proxy", mode="proxy", acceleration="redirect", number=2, **common),
             Mesh("proxy-off", mode="proxy", acceleration="off", number=3, **common),
             *(kind(self.run, make(f"{kind.name}-agent"), cpus, ports) for kind in (Envoy, HAProxy, Nginx)),
+            *(kind(self.run, make, pinned(CLIENT_SIDE, self.args.free), cpus) for kind in (Hooked, Redirected)),
         ]
         self.attach = Attach("attach", mode="direct", acceleration="off", number=4, **common)
         self.starts = (

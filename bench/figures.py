@@ -17,7 +17,8 @@ WIDEST = 0.05  # an interval wider than this has not answered the question: the 
 ERRORS_ALLOWED = 0.001  # of all requests; a refusal is cheaper than an answer, so more of them would flatter
 
 PEERS = ("envoy", "haproxy", "nginx")
-LOGGING = frozenset({"proxy", "proxy-off", *PEERS})  # equal features: these must have written their access log
+INTERCEPTED = ("envoy-hook", "envoy-iptables")  # the same Envoy, behind our connect hook and as in Istio
+LOGGING = frozenset({"proxy", "proxy-off", *PEERS, *INTERCEPTED})  # equal features: they must have written their log
 
 Cell = Mapping[str, Any]  # one measurement of one subject, as written to the raw file
 Round = Mapping[str, Cell]  # subject name -> its cell
@@ -60,10 +61,13 @@ class Verdict:
     why: str = ""
 
 
-ALL = ("none", "direct", "proxy", "proxy-off", *PEERS)
+CALLED = ("none", "direct", "proxy", "proxy-off", *PEERS)
+ALL = (*CALLED, *INTERCEPTED)
 ROWS = (
-    Row("keepalive", "1 KB answers, 32 kept connections", ALL),
-    Row("newconn", "1 KB answers, a new connection each", ALL, close=True),
+    Row("keepalive", "1 KB answers, 32 kept connections", CALLED),
+    Row("newconn", "1 KB answers, a new connection each", CALLED, close=True),
+    Row("intercept", "intercepted, 32 kept connections", ("proxy", *INTERCEPTED)),
+    Row("intercept-new", "intercepted, a new connection each", ("proxy", *INTERCEPTED), close=True),
     # Eight: enough to keep every hop busy, few enough that eight windows of loopback stay in the cache of a small VM.
     Row("large", "1 MiB answers, 8 kept connections", ("none", "direct", "proxy", *PEERS), "/large", 8),
     Row("latency", "1 KB answers at half of Envoy's peak rate", ("none", "proxy", "envoy"), open_loop=True),
@@ -86,6 +90,14 @@ FIGURES = (
         Figure(f"proxy vs {title}, {load}: CPU/request", row, "cpu_us", "proxy", peer, 2.0, True)
         for row, load in (("keepalive", "keep-alive"), ("newconn", "new connection"), ("large", "1 MiB bodies"))
         for peer, title in (("haproxy", "HAProxy"), ("nginx", "nginx"))
+    ),
+    *(
+        Figure(f"{title} iptables REDIRECT, {load}: CPU/request", row, "cpu_us", ours, "envoy-iptables", bound, True)
+        for row, load, proxy_bound in (("intercept", "keep-alive", 0.7), ("intercept-new", "new connection", 1.3))
+        for ours, title, bound in (
+            ("envoy-hook", "connect hook before Envoy vs", 1.0),
+            ("proxy", "proxy vs Envoy behind", proxy_bound),
+        )
     ),
     Figure("redirect vs off, keep-alive: CPU/request", "keepalive", "cpu_us", "proxy", "proxy-off", 0.95, True),
     Figure("redirect vs off, new connection: CPU/request", "newconn", "cpu_us", "proxy", "proxy-off", 1.02, True),

@@ -21,6 +21,7 @@ class Peer:
 
     name: str
     client_group: Path | None = None
+    namespace: int | None = None
 
     def __init__(self, run: Path, group: Path, cpus: set[int] | None, endpoints: list[int]) -> None:
         self.run, self.group, self.cpus, self.endpoints = run, group, cpus, endpoints

@@ -25,6 +25,7 @@ class Subject(Protocol):
     name: str
     address: str
     client_group: Path | None  # the cgroup the load generator must live in; None: any
+    namespace: int | None  # a descriptor of the network namespace it must live in; None: ours
     access_log: Path | None
 
     def start(self) -> None: ...
@@ -37,6 +38,7 @@ class NoMesh:
 
     name = "none"
     client_group: Path | None = None
+    namespace: int | None = None
     access_log: Path | None = None
 
     def __init__(self, port: int) -> None:
@@ -99,6 +101,8 @@ def meshbpf() -> str:
 
 class Mesh:
     """One meshbpf instance with one service. The load generator's cgroup is attached, the agent lives beside it."""
+
+    namespace: int | None = None
 
     def __init__(
         self,
