@@ -29,7 +29,7 @@ from typing import Any
 from bench import rounds as rounds_module
 from bench.backend import Backend
 from bench.chart import draw
-from bench.figures import ALL, FIGURES, ROWS, SINGLES, Row, Verdict, judge, series
+from bench.figures import ALL, FIGURES, LENGTHY, ROWS, SINGLES, Row, Verdict, judge, series
 from bench.load import Load
 from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned, program
 from bench.report import markdown
@@ -48,15 +48,18 @@ def options() -> argparse.Namespace:
         prog="python -m bench", description="what meshbpf costs, against no mesh and other proxies"
     )
     quick = os.environ.get("QUICK", "") not in ("", "0")
-    parser.add_argument("--quick", action="store_true", default=quick, help="3 short rounds (or QUICK=1)")
+    short = f"2 short rounds, without {' and '.join(LENGTHY)} (or QUICK=1)"
+    parser.add_argument("--quick", action="store_true", default=quick, help=short)
     rows = (*(row.name for row in ROWS), *SINGLES)
     parser.add_argument("--subjects", type=_among(ALL), default=ALL, help=f"only these of {','.join(ALL)}")
-    parser.add_argument("--rows", type=_among(rows), default=rows, help=f"only these of {','.join(rows)}")
+    parser.add_argument("--rows", type=_among(rows), help=f"only these of {','.join(rows)}")
     parser.add_argument("--rounds", type=int, help="paired rounds per row")
     parser.add_argument("--seconds", type=float, help="seconds per measurement")
     parser.add_argument("--free", action="store_true", help="pin nothing")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the order of subjects")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.rows = args.rows or tuple(name for name in rows if not (args.quick and name in LENGTHY))
+    return args
 
 
 def _among(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

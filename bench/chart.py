@@ -14,7 +14,7 @@ from typing import Any
 from bench.figures import CONNECT, SINGLES, Round, Verdict, series
 from bench.stats import Estimate, estimate
 
-LABELS, PLOT, VALUES, ROW, PAD = 720, 640, 400, 34, 30  # pixels: widths of the three columns, height of a row
+LABELS, PLOT, VALUES, ROW, PAD = 790, 640, 400, 34, 30  # pixels: widths of the three columns, height of a row
 INK, FAINT, GOOD, BAD, PLAIN, BOUND = "#222222", "#cccccc", "#4477aa", "#cc6677", "#888888", "#aa3311"
 TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)  # of ratios
 LEGEND = (
@@ -63,7 +63,7 @@ def draw(title: str, about: str, verdicts: Sequence[Verdict], rounds: Mapping[st
     from PIL import Image, ImageDraw, ImageFont
 
     upper, lower = ratios(verdicts), connects(rounds.get(CONNECT, []))
-    height = PAD * 2 + ROW * (len(upper) + len(lower) + 8)
+    height = 2 * PAD + ROW * (3 + sum(len(bars) + 3 for bars in (upper, lower) if bars))
     picture = Image.new("RGB", (LABELS + PLOT + VALUES + 2 * PAD, height), "white")
     pen = Pen(ImageDraw.Draw(picture), ImageFont.load_default)
     pen.text(PAD, PAD, title, 28)

@@ -75,6 +75,7 @@ ROWS = (
 # The rows without a load, and what each measures.
 ATTACH, SCALE, CONNECT, MEMORY = "attach", "scale", "connect", "memory"
 SIZES = (10, 1_000, 10_000)  # services
+LENGTHY = (SCALE, MEMORY)  # a short run leaves these out unless it is asked for them
 SINGLES = {
     ATTACH: ("attach",),
     SCALE: ("maps", "start-yaml", "start-json", "start-registry", "small-file", "change", "change-file"),

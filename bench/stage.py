@@ -51,8 +51,8 @@ class Stage:
         attach = Attach("attach", **self._common("direct", "off", 4))
         idle = Mesh("memory", **self._common("proxy", "redirect", 5))
         return {
-            ATTACH: lambda: attach.measure(3 if short else 7),
+            ATTACH: lambda: attach.measure(1 if short else 7),
             SCALE: lambda: scale.measure(self.make_group, self.run, 1 if short else 5),
-            CONNECT: lambda: connects.measure(self.make_group, 3 if short else 15, self.client, seed),
+            CONNECT: lambda: connects.measure(self.make_group, 2 if short else 15, self.client, seed),
             MEMORY: lambda: memory.measure(idle, 1 if short else 5),
         }

@@ -201,7 +201,9 @@ def test_the_command_knows_every_subject_and_row(monkeypatch: pytest.MonkeyPatch
     args = command.options()
     assert args.quick
     assert args.subjects == figures.ALL
-    assert {figure.row for figure in FIGURES} <= set(args.rows)
+    assert {figure.row for figure in FIGURES} == {*args.rows, *figures.LENGTHY}
+    monkeypatch.delenv("QUICK")
+    assert {figure.row for figure in FIGURES} == set(command.options().rows)
 
 
 def test_a_row_that_is_not_known_is_refused(
