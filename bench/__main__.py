@@ -48,7 +48,7 @@ def options() -> argparse.Namespace:
         prog="python -m bench", description="what meshbpf costs, against no mesh and other proxies"
     )
     quick = os.environ.get("QUICK", "") not in ("", "0")
-    short = f"2 short rounds, without {' and '.join(LENGTHY)} (or QUICK=1)"
+    short = f"one short round, without {' and '.join(LENGTHY)} (or QUICK=1)"
     parser.add_argument("--quick", action="store_true", default=quick, help=short)
     rows = (*(row.name for row in ROWS), *SINGLES)
     parser.add_argument("--subjects", type=_among(ALL), default=ALL, help=f"only these of {','.join(ALL)}")
