@@ -1,4 +1,4 @@
-"""Joins the parts: subjects up, rows measured, raw file written, table printed, everything taken away again.
+"""Joins the parts: subjects up, rows measured, raw file, table and picture written, everything taken away again.
 
     python -m bench [--quick] [--subjects none,envoy] [--rows keepalive] [--free]
 
@@ -21,21 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench import rounds as rounds_module
-from bench import scale
-from bench.backend import Backend, nginx
-from bench.envoy import Envoy
-from bench.figures import ALL, ATTACH, FIGURES, ROWS, SCALE, SCALE_SUBJECTS, WIDEST, Row, judge, series
+from bench.backend import Backend
+from bench.chart import draw
+from bench.figures import ALL, FIGURES, LENGTHY, ROWS, SINGLES, Row, Verdict, judge, series
 from bench.load import Load
-from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned, steered
+from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned, program, steered
 from bench.report import markdown
 from bench.rounds import Plan, Rounds, Runner, say
-from bench.subjects import Attach, Mesh, NoMesh, Subject
+from bench.stage import Stage
+from bench.subjects import Subject
 
 RESULTS = Path(__file__).with_name("results")
 LOCK = Path("/run/lock/meshbpf-bench.lock")
@@ -44,26 +44,44 @@ FAILURES = (RuntimeError, OSError, subprocess.SubprocessError)  # what a subject
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="what meshbpf costs, against none and Envoy")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="what meshbpf costs, against no mesh and other proxies"
+    )
     quick = os.environ.get("QUICK", "") not in ("", "0")
-    parser.add_argument("--quick", action="store_true", default=quick, help="3 short rounds (or QUICK=1)")
-    parser.add_argument("--subjects", default=",".join(ALL), help="only these")
-    parser.add_argument("--rows", default=",".join([*(row.name for row in ROWS), ATTACH, SCALE]), help="only these")
+    short = f"one short round, without {' and '.join(LENGTHY)} (or QUICK=1)"
+    parser.add_argument("--quick", action="store_true", default=quick, help=short)
+    rows = (*(row.name for row in ROWS), *SINGLES)
+    parser.add_argument("--subjects", type=_among(ALL), default=ALL, help=f"only these of {','.join(ALL)}")
+    parser.add_argument("--rows", type=_among(rows), help=f"only these of {','.join(rows)}")
     parser.add_argument("--rounds", type=int, help="paired rounds per row")
     parser.add_argument("--seconds", type=float, help="seconds per measurement")
     parser.add_argument("--free", action="store_true", help="pin nothing")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the order of subjects")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.rows = args.rows or tuple(name for name in rows if not (args.quick and name in LENGTHY))
+    return args
+
+
+def _among(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """Reads a list of names; a name that is not known is an error of usage."""
+
+    def read(text: str) -> tuple[str, ...]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return tuple(text.split(","))
+
+    return read
 
 
 def lacking() -> str:
     """What this machine lacks for any run, with the remedy; empty when nothing."""
     if os.geteuid() != 0:
         return "root is needed for cgroups and BPF: sudo make bench"
-    if shutil.which("wrk") is None:
-        return "wrk is missing: vagrant/provision.sh bench (Debian package wrk)"
-    if nginx() is None:
-        return "nginx is missing: vagrant/provision.sh bench (Debian package nginx-light)"
+    try:
+        for name in ("wrk", "nginx"):
+            program(name)
+    except RuntimeError as error:
+        return str(error)
     if steering := steered():
         return f"loopback packets hop to other CPUs and every row would pay for that: echo 0 > {steering}"
     return ""
@@ -116,22 +134,12 @@ class Bench:
         backend = Backend(self.run, self.groups.make("backend"), pinned(CLIENT_SIDE, self.args.free))
         self.stack.callback(backend.stop)
         backend.start()
-        cpus, make, ports = pinned(SUBJECT_SIDE, self.args.free), self.groups.make, backend.ports
-        common: dict[str, Any] = {"run": self.run, "make_group": make, "cpus": cpus, "endpoints": ports}
-        known: list[Subject] = [
-            NoMesh(ports[0]),
-            Mesh("direct", mode="direct", acceleration="off", number=1, **common),
-            Mesh("proxy", mode="proxy", acceleration="redirect", number=2, **common),
-            Mesh("proxy-off", mode="proxy", acceleration="off", number=3, **common),
-            Envoy(self.run, make("envoy-agent"), cpus, ports),
-        ]
-        self.attach = Attach("attach", mode="direct", acceleration="off", number=4, **common)
-        self.starts = (
-            scale.Start("start-yaml", mode="direct", acceleration="off", number=5, **common),
-            scale.JsonStart("start-json", mode="direct", acceleration="off", number=6, **common),
-        )
-        for subject in known:
-            if subject.name not in self.args.subjects.split(","):
+        client, own = (pinned(side, self.args.free) for side in (CLIENT_SIDE, SUBJECT_SIDE))
+        stage = Stage(self.run, self.groups.make, client, own, backend.ports)
+        self.singles = stage.singles(self.args.quick, self.args.seed)
+        needed = {name for row in ROWS if row.name in self.args.rows for name in row.subjects}
+        for subject in stage.subjects():
+            if subject.name not in needed.intersection(self.args.subjects):
                 self.missing[subject.name] = "not asked for"
                 continue
             say(f"starting {subject.name}")
@@ -151,32 +159,27 @@ class Bench:
         self._idle()
         runner = Runner(self.load, self.plan, self.subjects, self.args.seed)
         for row in ROWS:
-            if row.name in self.args.rows.split(","):
+            if row.name in self.args.rows:
                 rate = self._half_of_peak() if row.open_loop else None
                 if rate is None and row.open_loop:
                     say(f"{row.name}: left out, Envoy's peak is not known")
                     continue
                 runner.row(row, self.rounds.setdefault(row.name, []), rate)
                 self.missing |= runner.failed
-        if ATTACH in self.args.rows.split(","):
-            try:
-                self.rounds[ATTACH] = list(self.attach.measure(3 if self.args.quick else 7))
-            except FAILURES as error:
-                self.missing[ATTACH] = str(error)
-        if SCALE in self.args.rows.split(","):
-            self._scale()
+        for name in (name for name in SINGLES if name in self.args.rows):
+            self._single(name)
         for subject in self.subjects.values():
             self.notes["evidence"][subject.name] = subject.evidence()
 
-    def _scale(self) -> None:
-        groups = {name: self.groups.make(f"scale-{name}") for name in ("maps", "many", "few")}
-        found = self.rounds.setdefault(SCALE, [])
+    def _single(self, name: str) -> None:
+        """A row without a load; what it has not measured when it fails is missing."""
+        found, begun = self.rounds.setdefault(name, []), time.monotonic()
         try:
-            cpus = pinned(CLIENT_SIDE, self.args.free)
-            found.extend(scale.measure(*self.starts, groups, 1 if self.args.quick else 5, cpus))
+            found.extend(self.singles[name]())
         except FAILURES as error:
-            self.missing |= {name: str(error) for name in SCALE_SUBJECTS if not any(name in cells for cells in found)}
-            say(f"{SCALE}: {error}")
+            self.missing |= {one: str(error) for one in SINGLES[name] if not any(one in cells for cells in found)}
+            say(f"{name}: {error}")
+        say(f"{name}: {time.monotonic() - begun:.0f} s")
 
     def _idle(self) -> None:
         """CPU share of every waiting subject: what it adds to the cells of the others."""
@@ -209,9 +212,21 @@ class Bench:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{stamp}.json").write_text(json.dumps(raw, indent=1) + "\n")
         title = "meshbpf bench" + (" (quick: shows that it works, proves nothing)" if self.args.quick else "")
-        print(markdown(title, verdicts, self.rounds, facts, WIDEST))
-        say(f"raw data: bench/results/{stamp}.json")
+        text = markdown(title, verdicts, self.rounds, facts)
+        (RESULTS / f"{stamp}.md").write_text(text)
+        print(text)
+        picture(f"{title}, {stamp}", facts, verdicts, self.rounds, RESULTS / f"{stamp}.png")
+        say(f"raw data, this table and its picture: bench/results/{stamp}.*")
         return all(verdict.holds for verdict in verdicts)
+
+
+def picture(title: str, facts: dict[str, Any], verdicts: list[Verdict], rounds: dict[str, Rounds], into: Path) -> None:
+    """The chart, where Pillow is installed: measuring needs no picture."""
+    about = ", ".join(f"{key} {value}" for key, value in facts.items())
+    try:
+        draw(title, about, verdicts, rounds).save(into)
+    except ImportError as error:
+        say(f"no picture: {error}; pip install '.[bench]'")
 
 
 def main() -> int:

@@ -7,14 +7,13 @@ a master, because a master killed with the bench would leave its worker behind.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from bench.machine import free_ports, spawn, stop, tail
+from bench.machine import free_ports, program, spawn, stop, tail
 
 SMALL = 1024
 LARGE = 1 << 20
@@ -38,11 +37,6 @@ http {{
 """
 
 
-def nginx() -> str | None:
-    """Where nginx is; root's PATH does not always hold the sbin directories."""
-    return shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-
-
 class Backend:
     """start() returns when both endpoints answer with the expected lengths; stop() leaves nothing."""
 
@@ -52,16 +46,13 @@ class Backend:
         self.child: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        binary = nginx()
-        if binary is None:
-            raise RuntimeError("nginx is missing")
         self.ports = free_ports(2)
         listen = " ".join(f"listen 127.0.0.1:{port} backlog=4096;" for port in self.ports)
         (self.run / "large").write_bytes(b"x" * LARGE)
         config = self.run / "nginx.conf"
         config.write_text(CONFIG.format(run=self.run, listen=listen, small="x" * SMALL))
         log = self.run / "nginx.out"
-        self.child = spawn([binary, "-c", str(config), "-p", str(self.run)], self.group, self.cpus, log)
+        self.child = spawn([program("nginx"), "-c", str(config), "-p", str(self.run)], self.group, self.cpus, log)
         for port in self.ports:
             wait_for(f"http://127.0.0.1:{port}/small", self.child, log, SMALL)
             wait_for(f"http://127.0.0.1:{port}/large", self.child, log, LARGE)

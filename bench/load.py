@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from bench.figures import Row
 from bench.machine import Groups, spawn
 from bench.subjects import Subject
+from meshbpf.demo import plumbing
 
 REPORT = Path(__file__).with_name("report.lua")
 _GRACE = 30
@@ -32,7 +34,8 @@ class Load:
         command = _openloop(subject, row, seconds, rate) if rate else _wrk(subject, row, seconds)
         _forget(subject.access_log)
         before = self.groups.clock()
-        child = spawn(command, subject.client_group or self.plain, self.cpus)
+        with nullcontext() if subject.namespace is None else plumbing.inside(subject.namespace):
+            child = spawn(command, subject.client_group or self.plain, self.cpus)
         try:
             out, err = child.communicate(timeout=seconds + _GRACE)
         except subprocess.TimeoutExpired as error:

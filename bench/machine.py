@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,6 +111,14 @@ def steered(queues: Path = Path("/sys/class/net/lo/queues")) -> Path | None:
         if path.read_text().strip("0,\n"):
             return path
     return None
+
+
+def program(name: str) -> str:
+    """Where a program is; root's PATH may lack the sbin directories. Raises RuntimeError with the remedy."""
+    found = shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
+    if found is None:
+        raise RuntimeError(f"{name} is missing: vagrant/provision.sh bench")
+    return found
 
 
 def free_ports(count: int, start: int = 18100) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.figures import ROWS, Figure, Round, Verdict, series
+from bench.figures import ROWS, SINGLES, Figure, Round, Verdict, series, wide
 from bench.stats import drift
 
 # Beyond this spread of `none` the machine was not quiet and the run is to be repeated.
@@ -28,8 +28,7 @@ def figures_table(verdicts: Sequence[Verdict]) -> str:
 
 def _bound(figure: Figure) -> str:
     sign = "≤" if figure.at_most else "≥"
-    unit = " s" if figure.base is None else ""
-    return f"{sign} {figure.bound:g}{unit}" + (" (whole interval)" if figure.strict else "")
+    return f"{sign} {figure.bound:g}" + (" (whole interval)" if figure.strict else "")
 
 
 def context_table(rounds: Mapping[str, Sequence[Round]]) -> str:
@@ -53,7 +52,20 @@ def context_table(rounds: Mapping[str, Sequence[Round]]) -> str:
     return "\n".join(lines)
 
 
-def doubts(verdicts: Sequence[Verdict], rounds: Mapping[str, Sequence[Round]], widest: float) -> list[str]:
+def singles_table(rounds: Mapping[str, Sequence[Round]]) -> str:
+    """What the rows without a load measured: every cell's numbers, median and spread."""
+    lines = ["| row | of | what | median | lowest | highest | cells |", "|---|---|---|---|---|---|---|"]
+    for row, subjects in SINGLES.items():
+        for name in subjects:
+            cells = [cells for cells in rounds.get(row, []) if name in cells]
+            for key in cells[0][name] if cells else ():
+                values = series(cells, name, key)
+                numbers = " | ".join(f"{value:.4g}" for value in (median(values), min(values), max(values)))
+                lines.append(f"| {row} | {name} | {key} | {numbers} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def doubts(verdicts: Sequence[Verdict], rounds: Mapping[str, Sequence[Round]]) -> list[str]:
     """What a careful reader must know before quoting a number of this run."""
     found = []
     for row in ROWS:
@@ -66,17 +78,18 @@ def doubts(verdicts: Sequence[Verdict], rounds: Mapping[str, Sequence[Round]], w
     if foreign and median(foreign) > CALM:
         found.append(f"{median(foreign):.0%} of the machine's CPU was used by others in the median cell")
     for verdict in verdicts:
-        if verdict.figure.base and verdict.result and verdict.result.width > widest:
-            found.append(f"{verdict.figure.name}: interval {verdict.result.width:.3f} wide, more than {widest}")
+        if verdict.figure.base and verdict.result and wide(verdict.result):
+            found.append(f"{verdict.figure.name}: interval {verdict.result.width:.3f} wide")
     late = [(name, cell["late_p99_us"], cell["p99_us"]) for r in rounds.get("latency", []) for name, cell in r.items()]
     if late and median(one[1] for one in late) > median(one[2] for one in late) / 2:
         found.append("latency: the client itself was late, its p99 lateness is over half of the measured p99")
     return found
 
 
-def markdown(title: str, verdicts: Sequence[Verdict], rounds: Mapping[str, Sequence[Round]], facts: Mapping[str, Any],
-             widest: float) -> str:  # fmt: skip
-    notes = "\n".join(f"- {line}" for line in doubts(verdicts, rounds, widest))
+def markdown(
+    title: str, verdicts: Sequence[Verdict], rounds: Mapping[str, Sequence[Round]], facts: Mapping[str, Any]
+) -> str:
+    notes = "\n".join(f"- {line}" for line in doubts(verdicts, rounds))
     about = ", ".join(f"{key} {value}" for key, value in facts.items())
-    parts = [f"# {title}", about, figures_table(verdicts), "## Medians", context_table(rounds)]
+    parts = [f"# {title}", about, figures_table(verdicts), "## Medians", context_table(rounds), singles_table(rounds)]
     return "\n\n".join([*parts, *(["## Doubts", notes] if notes else [])]) + "\n"

@@ -1,64 +1,41 @@
-"""The row `scale`: what ten thousand services with ten endpoints each cost to load, to start with, to change, to call.
+"""The row `scale`: what ten thousand services with ten endpoints each cost to load, to start with and to change.
 
-Rule: each cell is what a user would wait for: a whole `meshbpf run` from exec to its ready check, a registration from
-its PUT to the first connection that reaches the new endpoint. `python -m bench.scale connect|call …` is the caller, in
-a process of its own because the cgroup of a socket is that of the process which makes it.
+Rule: each cell is what a user would wait for: a whole `meshbpf run` from exec to its ready check, a change from its PUT
+or from the saved file to the first connection that reaches the new endpoint. `python -m bench.scale ADDRESS` is the
+caller, in a process of its own because the cgroup of a socket is that of the process which makes it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import select
-import socket
-import struct
+import os
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 from bench import crowd
 from bench.backend import wait_for
+from bench.connects import Listener, call
 from bench.machine import spawn, stop
 from bench.subjects import ATTACH_PATIENCE, Attach, meshbpf
 from loader import dataplane
 from loader.dataplane import Dataplane
 from loader.instance import Instance
-from meshbpf.model import Endpoint, Mesh, Port, Protocol, Service
+from meshbpf.model import Endpoint, Mesh, Service
+from meshbpf.registry.content import PutRow
+from meshbpf.registry.leases import MAX_TOTAL
+from meshbpf.registry.store import Store
 
-MANY, FEW = 10_000, 10
-CALLS = 2000  # of one connect() cell
-CHANGES = 5  # of one change cell
+MANY = 10_000
+SMALL_FILE = 100
+CHANGES = 5  # of one start
+TTL = 3600
 Cells = dict[str, dict[str, float]]
-
-
-def dialled(port: int) -> tuple[Service, ...]:
-    """Ten services that somebody answers, in both crowds."""
-    ports, endpoints = (Port("main", 80, Protocol.TCP),), (Endpoint("127.0.0.1", {"main": port}),)
-    return tuple(
-        Service(f"dialled{n}", addresses=(f"127.96.239.{n + 1}",), ports=ports, endpoints=endpoints) for n in range(FEW)
-    )
-
-
-class Listener:
-    """Answers by accepting, when asked to: nothing of it runs while a connect() is measured."""
-
-    def __init__(self) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=4096)
-        self.port = int(self.socket.getsockname()[1])
-
-    def drain(self) -> None:
-        """Take and close what waits."""
-        while select.select([self.socket], [], [], 0)[0]:
-            self.socket.accept()[0].close()
-
-    def awaited(self) -> None:
-        """Returns when somebody has called. Raises RuntimeError when nobody does."""
-        if not select.select([self.socket], [], [], ATTACH_PATIENCE)[0]:
-            raise RuntimeError("the new endpoint was not reached")
-        self.drain()
 
 
 def maps(instance: Instance, group: Path) -> Cells:
@@ -84,14 +61,26 @@ def _plane(instance: Instance) -> Dataplane:
 
 
 class Start(Attach):
-    """One instance with the whole crowd in one file beside the Agent's."""
+    """One instance with the whole crowd in one file beside the Agent's, and a service that the registry changes."""
 
     form: Callable[[Service], str] = staticmethod(crowd.as_yaml)
+    count = MANY
+    changing = False  # whether changes are measured on it as well
 
     def configure(self) -> list[str]:
         options = super().configure()
-        (self.run / f"{self.name}.crowd").write_text(crowd.stream([self.form(s) for s in crowd.services(MANY)]))
-        return [*options, "-c", str(self.run / f"{self.name}.crowd")]
+        self.write_crowd(crowd.services(self.count))
+        return [*options, "-c", str(self.crowd_file)]
+
+    @property
+    def crowd_file(self) -> Path:
+        return self.file.with_name("crowd")
+
+    def write_crowd(self, services: tuple[Service, ...]) -> None:
+        """As editors save: whole, or not at all."""
+        draft = self.crowd_file.with_suffix(".draft")
+        draft.write_text(crowd.stream([self.form(service) for service in services]))
+        draft.rename(self.crowd_file)
 
     def seconds(self) -> float:
         """Wall seconds from exec to ready, with nothing of ours attached before."""
@@ -103,11 +92,11 @@ class Start(Attach):
         wait_for(f"http://127.0.0.1:{self.admin}/readyz", self.child, log, patience=ATTACH_PATIENCE)
         return time.monotonic() - begun
 
-    def changes(self) -> list[float]:
-        """Milliseconds from the PUT of another endpoint to the first connection that reaches it, on a running start."""
-        found, listeners = [], [Listener(), Listener()]
-        self._put(listeners[1].port)
-        caller = spawn([sys.executable, "-m", "bench.scale", "call", self._address()], self.client_group)
+    def changes(self) -> Iterator[float]:
+        """Milliseconds from the change of an endpoint to the first connection that reaches it, on a running start."""
+        listeners = [Listener(), Listener()]
+        self.change(listeners[1].port)
+        caller = spawn([sys.executable, "-m", "bench.scale", self.changing_address()], self.client_group)
         try:
             listeners[1].awaited()
             for number in range(CHANGES):
@@ -115,26 +104,24 @@ class Start(Attach):
                 old.awaited()  # the last change is over, and so this one is a change of its own
                 new.drain()
                 begun = time.monotonic()
-                self._put(new.port)
+                self.change(new.port)
                 new.awaited()
-                found.append(1000 * (time.monotonic() - begun))
+                yield 1000 * (time.monotonic() - begun)
                 old.drain()
         finally:
             stop(caller)
-        return found
 
-    def _put(self, port: int) -> None:
+    def change(self, port: int) -> None:
+        """Have the changing service be answered on `port` alone."""
         registry = next(line for line in self.file.read_text().splitlines() if "embedded:" in line)
         where = registry.partition("listen: ")[2].partition(",")[0]
-        entry = {"port": port, "protocol": "tcp", "servicePort": 80}
-        body = {"address": "127.0.0.1", "ports": {"main": entry}, "ttl": "1h"}
         request = urllib.request.Request(
             f"http://{where}/v1/services/changing/instances/one",
-            json.dumps(body).encode(), {"content-type": "application/json"}, method="PUT",
+            json.dumps(_registration("127.0.0.1", port)).encode(), {"content-type": "application/json"}, method="PUT",
         )  # fmt: skip
         urllib.request.urlopen(request, timeout=10).close()
 
-    def _address(self) -> str:
+    def changing_address(self) -> str:
         """What the pool gave to the service, as `services -o hosts` says it, once it is there."""
         command = [meshbpf(), "services", "-o", "hosts", "--instance", self.instance]
         deadline = time.monotonic() + ATTACH_PATIENCE
@@ -147,74 +134,80 @@ class Start(Attach):
         raise RuntimeError("a registered service has not come into the mesh")
 
 
+def _registration(address: str, port: int) -> dict[str, Any]:
+    entry = {"port": port, "protocol": "tcp", "servicePort": 80}
+    return {"address": address, "ports": {"main": entry}, "ttl": f"{TTL}s"}
+
+
 class JsonStart(Start):
     form = staticmethod(crowd.as_json)
+    changing = True
 
 
-def connects(attached: dict[str, Path], listener: Listener, rounds: int, cpus: set[int] | None) -> Iterator[Cells]:
-    """Rounds of connect() cells, the crowds in turn, who begins in turn; `attached`: name → cgroup."""
-    addresses = [service.addresses[0] for service in dialled(0)]
-    for number in range(rounds):
-        cells = {}
-        for name in sorted(attached, reverse=bool(number % 2)):
-            child = spawn([sys.executable, "-m", "bench.scale", "connect", *addresses], attached[name], cpus)
-            while child.poll() is None:
-                select.select([listener.socket], [], [], 0.05)
-                listener.drain()
-            out, err = child.communicate()
-            if child.returncode != 0:
-                raise RuntimeError(f"connect() of {name}: {err.strip()}")
-            cells[name] = {"connect_us": float(out)}
-        yield cells
+class RegistryStart(Start):
+    """As many instances as the registry takes, found in its store; the file is empty."""
+
+    count = 0
+
+    def configure(self) -> list[str]:
+        options = super().configure()
+        asyncio.run(self._fill())
+        return options
+
+    async def _fill(self) -> None:
+        store = Store(self.run / f"{self.name}.db")
+        await store.open()
+        deadline = time.time() + TTL
+        await store.write([
+            PutRow((service.name, "default", str(number)), json.dumps(_registration(e.address, 8080)), deadline)
+            for service in crowd.services(MAX_TOTAL // crowd.ENDPOINTS)
+            for number, e in enumerate(service.endpoints)
+        ])  # fmt: skip
+        await store.close()
 
 
-def measure(
-    start: Start, json_start: Start, groups: dict[str, Path], rounds: int, cpus: set[int] | None
-) -> Iterator[Cells]:
-    """All cells of the row; `groups` are cgroups of our own by name: maps, many, few."""
+class SmallFile(Start):
+    """A file of a hundred services, one of which changes."""
+
+    count = SMALL_FILE - 1
+    changing = True
+
+    def change(self, port: int) -> None:
+        (last,) = crowd.services(SMALL_FILE)[-1:]
+        endpoints = (Endpoint("127.0.0.1", {name: port for name in last.endpoints[0].ports}),)
+        changed = Service(last.name, addresses=last.addresses, ports=last.ports, endpoints=endpoints)
+        self.write_crowd((*crowd.services(self.count), changed))
+
+    def changing_address(self) -> str:
+        return crowd.address(SMALL_FILE)
+
+
+KINDS = {"start-yaml": Start, "start-json": JsonStart, "start-registry": RegistryStart, "small-file": SmallFile}
+
+
+def measure(make_group: Callable[[str], Path], run: Path, rounds: int) -> Iterator[Cells]:
+    """All cells of the row."""
     for _ in range(rounds):
-        yield maps(Instance("bench-maps"), groups["maps"])
-    for name, subject in (("start-yaml", start), ("start-json", json_start)):
+        yield maps(Instance("bench-maps"), make_group("scale-maps"))
+    for number, (name, kind) in enumerate(KINDS.items()):
+        subject = kind(
+            name, mode="direct", acceleration="off", number=10 + number, run=run, make_group=make_group, cpus=None,
+            endpoints=[8080],
+        )  # fmt: skip
         for _ in range(rounds):
             try:
                 yield {name: {"seconds": subject.seconds()}}
-                if subject is json_start:
+                if subject.changing:
                     for milliseconds in subject.changes():
-                        yield {"change": {"ms": milliseconds}}
+                        yield {"change-file" if kind is SmallFile else "change": {"ms": milliseconds}}
             finally:
                 subject.stop()
-    listener, attached = Listener(), {}
-    instances = {"many": Instance("bench-many"), "few": Instance("bench-few")}
-    try:
-        for name, count in (("many", MANY - FEW), ("few", 0)):
-            with instances[name].lock():
-                services = (*crowd.services(count), *dialled(listener.port))
-                dataplane.attach(instances[name], (groups[name],), Mesh(services=services))
-            attached[name] = groups[name]
-        yield from connects(attached, listener, 3 * rounds, cpus)
-    finally:
-        for instance in instances.values():
-            dataplane.detach(instance)
-
-
-def call(address: str) -> int:
-    """Nanoseconds of one connect(). The connection is reset: no TIME_WAIT piles up."""
-    with socket.socket() as made:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        begun = time.perf_counter_ns()
-        made.connect((address, 80))
-        return time.perf_counter_ns() - begun
 
 
 def main() -> None:
-    what, *arguments = sys.argv[1:]
-    if what == "connect":
-        taken = [call(arguments[number % len(arguments)]) for number in range(CALLS)]
-        print(median(taken[CALLS // 10 :]) / 1000)
-    elif what == "call":
-        while True:  # until we are ended; a caller every millisecond
-            call(arguments[0])
-            time.sleep(0.001)
+    while os.getppid() != 1:  # until we are ended; a caller every millisecond
+        call(sys.argv[1])
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

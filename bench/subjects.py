@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ class Subject(Protocol):
     name: str
     address: str
     client_group: Path | None  # the cgroup the load generator must live in; None: any
+    namespace: int | None  # a descriptor of the network namespace it must live in; None: ours
     access_log: Path | None
 
     def start(self) -> None: ...
@@ -37,6 +38,7 @@ class NoMesh:
 
     name = "none"
     client_group: Path | None = None
+    namespace: int | None = None
     access_log: Path | None = None
 
     def __init__(self, port: int) -> None:
@@ -100,6 +102,8 @@ def meshbpf() -> str:
 class Mesh:
     """One meshbpf instance with one service. The load generator's cgroup is attached, the agent lives beside it."""
 
+    namespace: int | None = None
+
     def __init__(
         self,
         name: str,
@@ -119,7 +123,7 @@ class Mesh:
         self.client_group: Path | None = make_group(f"{name}-clients")
         self.access_log: Path | None = run / f"{name}-access.log"
         self.address = f"127.96.240.{number}"
-        self.file = run / f"{name}.yaml"
+        self.file = run / f"{name}.d" / "mesh.yaml"  # nothing else there: what its directory sees, the agent looks at
         self.admin = 0
         self.child: subprocess.Popen[str] | None = None
 
@@ -127,6 +131,7 @@ class Mesh:
         """Write the configuration; returns the options `attach` and `run` share."""
         proxy, self.admin, registry = free_ports(3, 18300 + 10 * self.number)
         endpoints = "\n".join(f"    - {{address: 127.0.0.1, ports: {{http: {port}}}}}" for port in self.endpoints)
+        self.file.parent.mkdir(exist_ok=True)
         self.file.write_text(CONFIG.format(
             name=self.name, run=self.run, proxy=proxy, admin=self.admin, registry=registry, mode=self.mode,
             acceleration=self.acceleration, log=self.access_log, address=self.address, endpoints=endpoints,
@@ -169,19 +174,17 @@ class Attach(Mesh):
             raise RuntimeError(f"attach ended with {child.returncode}: {tail(log)}")
         return time.monotonic() - begun
 
-    def measure(self, times: int) -> list[dict[str, dict[str, float]]]:
+    def measure(self, times: int) -> Iterator[dict[str, dict[str, float]]]:
         """Rounds of the attach row. "Second time" can mean attached again in place, and attached again after a
         detach; both must be fast, so the slower one counts."""
         self.detach()
         try:
             first = self.once()
-            rounds = []
             for _ in range(times):
                 again = self.once()
                 self.detach()
                 after = self.once()
                 cell = {"seconds": max(again, after), "again": again, "after_detach": after, "first": first}
-                rounds.append({"attach": cell})
-            return rounds
+                yield {"attach": cell}
         finally:
             self.detach()

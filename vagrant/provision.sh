@@ -41,7 +41,7 @@ list() {
 		list image
 		;;
 	image) printf '%s\n' crun=crun debian-archive-keyring debootstrap=debootstrap podman=podman ;;
-	bench) printf '%s\n' nginx-light=nginx wrk=wrk ;;
+	bench) printf '%s\n' haproxy=haproxy iptables=iptables nftables=nft nginx-light=nginx wrk=wrk ;;
 	vm) printf '%s\n' cpio debian-archive-keyring debootstrap qemu-system-x86=qemu-system-x86_64 xz-utils zstd ;;
 	*) usage ;;
 	esac

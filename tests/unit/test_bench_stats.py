@@ -1,5 +1,6 @@
 """The bench's deciding half, with known answers: statistics, verdicts, report, and the constant-rate client's clock."""
 
+import math
 import socket
 import sys
 import threading
@@ -12,11 +13,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import __main__ as command
-from bench import figures, openloop, report
+from bench import chart, figures, openloop, portals, report
 from bench.envoy import config
 from bench.figures import FIGURES, ROWS, Figure, judge, too_wide
-from bench.machine import busy_seconds, steered, usage_seconds
+from bench.machine import busy_seconds, program, steered, usage_seconds
+from bench.peers import HAProxy, Nginx, Peer
 from bench.stats import Estimate, drift, estimate, holds, percentile, ratios
+from meshbpf.model import Endpoint, Port, Protocol, Service
 
 LOOSE = Figure("loose", "keepalive", "cpu_us", "direct", "none", 1.04, at_most=True)
 STRICT = Figure("strict", "keepalive", "cpu_us", "direct", "none", 1.04, at_most=True, strict=True)
@@ -179,8 +182,14 @@ def test_too_wide_asks_for_more_rounds_only_where_the_answer_is_unclear() -> Non
     assert [(f.subject, f.metric) for f in too_wide(row, steady)] == [("direct", "cpu_us")]
 
 
+def test_the_width_of_a_ratio_above_1_counts_as_a_share_of_it() -> None:
+    assert figures.wide(Estimate(1.0, 0.97, 1.03, 15))
+    assert not figures.wide(Estimate(1.5, 1.47, 1.53, 15))
+    assert figures.wide(Estimate(0.5, 0.47, 0.53, 15))
+
+
 def test_every_figure_names_a_row_that_measures_its_subjects() -> None:
-    subjects = {row.name: set(row.subjects) for row in ROWS} | {figures.SCALE: set(figures.SCALE_SUBJECTS)}
+    subjects = {row.name: set(row.subjects) for row in ROWS} | {name: set(of) for name, of in figures.SINGLES.items()}
     for figure in FIGURES:
         if figure.base is not None:
             assert {figure.subject, figure.base} <= subjects[figure.row], figure.name
@@ -191,8 +200,19 @@ def test_the_command_knows_every_subject_and_row(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("QUICK", "1")
     args = command.options()
     assert args.quick
-    assert args.subjects.split(",") == list(figures.ALL)
-    assert {figure.row for figure in FIGURES} <= set(args.rows.split(","))
+    assert args.subjects == figures.ALL
+    assert {figure.row for figure in FIGURES} == {*args.rows, *figures.LENGTHY}
+    monkeypatch.delenv("QUICK")
+    assert {figure.row for figure in FIGURES} == set(command.options().rows)
+
+
+def test_a_row_that_is_not_known_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--rows", "keepalive,hold"])
+    with pytest.raises(SystemExit):
+        command.options()
+    assert "'hold' is not one of keepalive, newconn," in capsys.readouterr().err
 
 
 # --- what the reader sees
@@ -207,11 +227,73 @@ def test_report_shows_interval_width_and_answer() -> None:
 
 def test_report_doubts_a_machine_that_was_not_quiet() -> None:
     noisy = rounds([10.0, 12.0, 14.0], [10.0, 12.0, 14.0])
-    assert any("not quiet" in line for line in report.doubts([], {"keepalive": noisy}, 0.05))
-    assert report.doubts([], {"keepalive": rounds([1.0] * 3, [1.0] * 3)}, 0.05) == []
+    assert any("not quiet" in line for line in report.doubts([], {"keepalive": noisy}))
+    assert report.doubts([], {"keepalive": rounds([1.0] * 3, [1.0] * 3)}) == []
 
 
-# --- clocks and the peer
+def test_twice_and_half_are_bars_of_one_length_and_times_begin_at_0() -> None:
+    drawn: list[tuple[float, ...]] = []
+
+    class Canvas:
+        def rectangle(self, box: tuple[float, ...], _colour: str) -> None:
+            drawn.append(box)
+
+        def line(self, *_: object) -> None:
+            pass
+
+        def text(self, *_: object, **_more: object) -> None:
+            pass
+
+    pen = chart.Pen(Canvas(), lambda size: size)
+    bars = [chart.Bar("", Estimate(value, value, value, 3), "", "") for value in (2.0, 0.5)]
+    pen.panel(0, bars, [1], lambda v: 0.5 + math.log(v) / 4, 1)
+    (one, _, two, _), (half, _, as_one, _) = drawn
+    assert one == as_one
+    assert two - one == pytest.approx(one - half)
+    drawn.clear()
+    pen.panel(0, bars, [0], lambda v: v / 4, 0)
+    assert drawn[0][2] - drawn[0][0] == pytest.approx(4 * (drawn[1][2] - drawn[1][0]))
+
+
+def test_the_chart_shows_every_ratio_and_only_what_was_measured() -> None:
+    (bar,) = chart.ratios([judge(LOOSE, rounds([1.1] * 5, [1.0] * 5), {}), judge(STRICT, [], {})])
+    assert (bar.label, bar.text, bar.colour) == ("loose", "1.10 [1.10, 1.10]  at most 1.04", chart.BAD)
+    (bar,) = chart.connects([{"nft-1000": {"connect_us": 18.0}}] * 3)
+    assert (bar.label, bar.text) == ("connect() by nft, 1000 services", "18.0 [18.0, 18.0] us")
+
+
+def test_what_needed_no_load_is_reported_with_its_spread() -> None:
+    lines = report.singles_table({figures.MEMORY: [{"memory": {"agent_mb": value}} for value in (70.0, 74.0, 81.5)]})
+    assert lines.splitlines()[2:] == ["| memory | memory | agent_mb | 74 | 70 | 81.5 | 3 |"]
+
+
+# --- what kube-proxy would write
+
+
+def service(name: str, address: str) -> Service:
+    endpoints = (Endpoint("127.0.0.1", {"main": 8081}), Endpoint("127.0.0.1", {"main": 8082}))
+    return Service(name, addresses=(address,), ports=(Port("main", 80, Protocol.TCP),), endpoints=endpoints)
+
+
+def test_the_services_that_are_called_stand_at_even_distances() -> None:
+    few, many = [service(n, "127.96.0.1") for n in "ab"], [service(f"m{n}", "127.96.1.1") for n in range(8)]
+    assert [one.name for one in portals.spread(few, many)] == ["m0", "m1", "a", "m2", "m3", "m4", "m5", "b", "m6", "m7"]
+    assert portals.spread(few, []) == few
+
+
+def test_each_service_has_its_entry_and_the_called_one_draws_among_its_endpoints() -> None:
+    few, many = [service("a", "127.96.0.1")], [service(f"m{n}", f"127.96.1.{n}") for n in range(3)]
+    rules = portals.iptables(few, many).splitlines()
+    assert sum(line.startswith("-A KUBE-SERVICES -d ") for line in rules) == 4
+    assert "-A KUBE-SVC-A -m statistic --mode random --probability 0.5000000000 -j KUBE-SEP-A-0" in rules
+    assert "-A KUBE-SVC-A -j KUBE-SEP-A-1" in rules
+    assert "-A KUBE-SEP-A-1 -p tcp -m tcp -j DNAT --to-destination 127.0.0.1:8082" in rules
+    table = portals.nft(few, many)
+    assert table.count(" . tcp . 80 : goto service-") == 4
+    assert "chain service-a { numgen random mod 2 vmap { 0 : goto endpoint-a-0, 1 : goto endpoint-a-1 }; }" in table
+
+
+# --- clocks and the peers
 
 
 def test_cpu_of_the_machine_leaves_out_idle_iowait_and_steal() -> None:
@@ -224,12 +306,31 @@ def test_usage_reads_the_exact_clock_of_a_cgroup() -> None:
 
 
 def test_envoy_keeps_its_log_and_request_ids_and_has_no_tight_breaker() -> None:
-    static = config(1, 2, [3, 4], "/log")["static_resources"]
+    static = config(1, [3, 4], "/log")["static_resources"]
     manager = static["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     assert manager["access_log"][0]["typed_config"]["path"] == "/log"
     assert "generate_request_id" not in manager
     thresholds = static["clusters"][0]["circuit_breakers"]["thresholds"][0]
     assert thresholds["max_requests"] >= 1_000_000
+
+
+@pytest.mark.parametrize("kind", [HAProxy, Nginx])
+def test_a_peer_balances_over_all_endpoints_and_keeps_its_log(
+    kind: type[Peer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.peers.program", lambda name: name)
+    peer = kind(tmp_path, tmp_path, None, [8081, 8082])
+    text = Path(next(word for word in peer.command(8080) if word.endswith((".cfg", ".conf")))).read_text()
+    assert all(f"127.0.0.1:{port}" in text for port in (8080, 8081, 8082))
+    assert "x-request-id" in text.lower()
+    assert f"access_log {peer.access_log}" in text or (
+        "log stdout" in text and peer.access_log == tmp_path / "haproxy.out"
+    )
+
+
+def test_a_missing_program_is_named_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match=r"no-such-thing is missing: vagrant/provision.sh bench"):
+        program("no-such-thing")
 
 
 # --- the constant-rate client
