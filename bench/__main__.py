@@ -32,7 +32,7 @@ from bench.backend import Backend, nginx
 from bench.envoy import Envoy
 from bench.figures import ALL, ATTACH, FIGURES, ROWS, SCALE, SCALE_SUBJECTS, WIDEST, Row, judge, series
 from bench.load import Load
-from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned
+from bench.machine import CLIENT_SIDE, SUBJECT_SIDE, Groups, pinned, steered
 from bench.report import markdown
 from bench.rounds import Plan, Rounds, Runner, say
 from bench.subjects import Attach, Mesh, NoMesh, Subject
@@ -64,6 +64,8 @@ def lacking() -> str:
         return "wrk is missing: vagrant/provision.sh bench (Debian package wrk)"
     if nginx() is None:
         return "nginx is missing: vagrant/provision.sh bench (Debian package nginx-light)"
+    if steering := steered():
+        return f"loopback packets hop to other CPUs and every row would pay for that: echo 0 > {steering}"
     return ""
 
 

@@ -102,6 +102,16 @@ class Groups:
                     time.sleep(0.05)
 
 
+def steered(queues: Path = Path("/sys/class/net/lo/queues")) -> Path | None:
+    """The file that switches receive packet steering on for the loopback, if one does. With it a connection's packets
+    are handled on whichever CPU their hash names: the one-CPU layout is none, and a connection costs twice as much.
+    """
+    for path in sorted(queues.glob("rx-*/rps_cpus")):
+        if path.read_text().strip("0,\n"):
+            return path
+    return None
+
+
 def free_ports(count: int, start: int = 18100) -> list[int]:
     """Loopback ports nobody listens on, below the ephemeral range so that no client of ours can sit on one."""
     found: list[int] = []

@@ -12,6 +12,8 @@
 #define PICK_TRIES 4
 #define RETRY_NS 1000000000
 #define PATIENCE 3
+#define RECENT_PLACES 4096
+#define RECENT_UNWATCHED_JIFFIES 60000
 
 enum carried {
 	CARRIED_DIRECT = 1,
@@ -79,6 +81,7 @@ enum reason {
 	REASON_ENDPOINT_GONE = 37,
 	REASON_ANSWERED = 38,
 	REASON_DATAGRAMS_FULL = 39,
+	REASON_PLACE_TAKEN = 40,
 };
 
 enum side {
@@ -151,18 +154,33 @@ struct listener {
 };
 _Static_assert(sizeof(struct listener) == 4, "listener");
 
-struct origin {
-	u64 netns;
-	u64 cgroup;
+struct decision {
 	u8 asked[16];
 	u8 given[16];
 	__be16 asked_port;
 	__be16 given_port;
 	u32 service_id;
-	u32 pid;
 	u8 carrier;
 	u8 counted;
-	u16 pad;
+	u8 watched;
+	u8 pad;
+};
+_Static_assert(sizeof(struct decision) == 44, "decision");
+
+struct recent {
+	u64 cookie;
+	struct bpf_spin_lock lock;
+	u32 since;
+	struct decision decision;
+	u32 pad;
+};
+_Static_assert(sizeof(struct recent) == 64, "recent");
+
+struct origin {
+	u64 netns;
+	u64 cgroup;
+	struct decision decision;
+	u32 pid;
 };
 _Static_assert(sizeof(struct origin) == 64, "origin");
 

@@ -83,8 +83,8 @@ static __always_inline enum reason may_join(struct command *command, struct bpf_
 	enum reason reason;
 
 	/* No bystander: only a connection that connect led to the proxy, in this namespace. */
-	if (!origin || origin->carrier != CARRIED_PROXY || origin->netns != command->netns ||
-	    origin->given_port != __builtin_bswap16(command->remote_port))
+	if (!origin || origin->decision.carrier != CARRIED_PROXY || origin->netns != command->netns ||
+	    origin->decision.given_port != __builtin_bswap16(command->remote_port))
 		return REASON_SOCKET_UNKNOWN;
 	command->pid = origin->pid;
 	/* A listener is found where the proxy has closed its end. */

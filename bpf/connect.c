@@ -11,6 +11,7 @@
 #include "maps.h"
 #include "lib/address.h"
 #include "lib/count.h"
+#include "lib/decided.h"
 
 #define STREAM 1
 #define DATAGRAM 2
@@ -193,11 +194,14 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	struct service_value *service = services.lookup(key);
 	bool ipv4 = ipv4_socket || is_ipv4(key->address);
 	struct policy_value *policy;
+	struct decision *decision = 0;
+	struct origin *origin = 0;
 	struct agent_state *state;
 	struct bpf_sock *sk;
 	enum reason reason;
 	u32 service_id;
 	int zero = 0;
+	u64 cookie;
 	bool bound;
 
 	if (!service)
@@ -213,11 +217,24 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 		return false;
 	}
 
-	struct origin fresh = {};
-	struct origin *origin = origins.sk_storage_get(sk, &fresh, CREATE);
+	cookie = socket_cookie(ctx);
+	/* sockops would not hear of a UDP socket's end. */
+	if (policy->carrier == CARRIED_DIRECT && key->protocol == IPPROTO_TCP_) {
+		decision = recent_claim(cookie);
+		if (!decision)
+			count(PROGRAM_CONNECT, REASON_PLACE_TAKEN);
+	} else {
+		recent_forget(cookie);
+	}
+	if (!decision) {
+		struct origin fresh = {};
 
-	if (!origin)
-		count(PROGRAM_CONNECT, REASON_STORAGE_FULL);
+		origin = origins.sk_storage_get(sk, &fresh, CREATE);
+		if (origin)
+			decision = &origin->decision;
+		else
+			count(PROGRAM_CONNECT, REASON_STORAGE_FULL);
+	}
 	/* From another device than the loopback nobody gets to the proxy. Not of UDP's concern: led to everybody, it
 	 * would not be refused, but be heard by all neighbours. */
 	bound = key->protocol == IPPROTO_TCP_ && sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_DEVICE;
@@ -248,13 +265,15 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 		origin->netns = namespace_of(ctx);
 		origin->cgroup = bpf_get_current_cgroup_id();
 		origin->pid = bpf_get_current_pid_tgid() >> 32;
-		origin->service_id = service_id;
-		origin->carrier = to->carrier;
-		origin->counted = 0;
-		copy_address(origin->asked, key->address);
-		origin->asked_port = key->port;
-		copy_address(origin->given, to->address);
-		origin->given_port = to->port;
+	}
+	if (decision) {
+		decision->service_id = service_id;
+		decision->carrier = to->carrier;
+		decision->counted = 0;
+		copy_address(decision->asked, key->address);
+		decision->asked_port = key->port;
+		copy_address(decision->given, to->address);
+		decision->given_port = to->port;
 	}
 	if (key->protocol == IPPROTO_UDP_)
 		now_connected(ctx, service_id, to);
@@ -310,48 +329,55 @@ int connect6(struct bpf_sock_addr *ctx)
 	return 1;
 }
 
-/* The storage of a socket whose peer is the one we led it to. A socket that was connected again, to somewhere
+/* The decision about a socket whose peer is the one we led it to. A socket that was connected again, to somewhere
  * else, keeps its true peer. */
-static __always_inline struct origin *led_to(struct bpf_sock_addr *ctx, const u8 *peer)
+static __always_inline struct decision *led_to(struct bpf_sock_addr *ctx, const u8 *peer)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct decision *decision;
 	struct origin *origin;
 
 	if (!sk)
 		return 0;
-	origin = origins.sk_storage_get(sk, 0, 0);
-	if (!origin || origin->given_port != ctx->user_port || !same_address(origin->given, peer))
+	decision = recent_find(socket_cookie(ctx));
+	if (!decision) {
+		origin = origins.sk_storage_get(sk, 0, 0);
+		if (!origin)
+			return 0;
+		decision = &origin->decision;
+	}
+	if (decision->given_port != ctx->user_port || !same_address(decision->given, peer))
 		return 0;
-	return origin;
+	return decision;
 }
 
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct origin *origin;
+	struct decision *decision;
 	u8 peer[16];
 
 	set_address4(peer, ctx->user_ip4);
-	origin = led_to(ctx, peer);
-	if (origin) {
-		ctx->user_ip4 = ((u32 *)origin->asked)[3];
-		ctx->user_port = origin->asked_port;
+	decision = led_to(ctx, peer);
+	if (decision) {
+		ctx->user_ip4 = ((u32 *)decision->asked)[3];
+		ctx->user_port = decision->asked_port;
 	}
 	return 1;
 }
 
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct origin *origin;
+	struct decision *decision;
 	u8 peer[16];
 
 	set_address6(peer, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
-	origin = led_to(ctx, peer);
-	if (origin) {
-		ctx->user_ip6[0] = ((u32 *)origin->asked)[0];
-		ctx->user_ip6[1] = ((u32 *)origin->asked)[1];
-		ctx->user_ip6[2] = ((u32 *)origin->asked)[2];
-		ctx->user_ip6[3] = ((u32 *)origin->asked)[3];
-		ctx->user_port = origin->asked_port;
+	decision = led_to(ctx, peer);
+	if (decision) {
+		ctx->user_ip6[0] = ((u32 *)decision->asked)[0];
+		ctx->user_ip6[1] = ((u32 *)decision->asked)[1];
+		ctx->user_ip6[2] = ((u32 *)decision->asked)[2];
+		ctx->user_ip6[3] = ((u32 *)decision->asked)[3];
+		ctx->user_port = decision->asked_port;
 	}
 	return 1;
 }

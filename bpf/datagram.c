@@ -83,7 +83,7 @@ static __always_inline enum leading lead_datagram(struct bpf_sock_addr *ctx, str
 		count(PROGRAM_SENDMSG, REASON_AGENT_EXEMPT);
 		return NOT_OURS;
 	}
-	side.cookie = bpf_get_socket_cookie(ctx);
+	side.cookie = socket_cookie(ctx);
 	copy_address(side.address, key->address);
 	now = bpf_ktime_get_ns();
 	talk = talks.lookup(&side);
@@ -185,7 +185,7 @@ static __always_inline bool answer_of(struct bpf_sock_addr *ctx, const u8 *sourc
 		shown->port = origin->asked_port;
 		return true;
 	}
-	from.cookie = bpf_get_socket_cookie(ctx);
+	from.cookie = socket_cookie(ctx);
 	copy_address(from.address, source);
 	asked = answers.lookup(&from);
 	if (!asked)
@@ -236,6 +236,6 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 int release(struct bpf_sock *ctx)
 {
 	if (ctx->protocol == IPPROTO_UDP_)
-		not_connected(bpf_get_socket_cookie(ctx), PROGRAM_RELEASE);
+		not_connected(socket_cookie(ctx), PROGRAM_RELEASE);
 	return 1;
 }

@@ -8,6 +8,7 @@
 #include "maps.h"
 #include "lib/address.h"
 #include "lib/count.h"
+#include "lib/decided.h"
 
 #define TCP_CLOSED 7
 
@@ -53,21 +54,29 @@ static __always_inline void flow_key_of(struct bpf_sock_ops *ops, const struct o
 	key->port = __builtin_bswap16(ops->local_port);
 }
 
-static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *origin)
+/* Ask to hear of the connection's end. What a neighbour's program has asked for stays. */
+static __always_inline void watch(struct bpf_sock_ops *ops, struct decision *decision)
 {
-	u32 service_id = origin->service_id;
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	decision->watched = 1;
+}
+
+/* `origin` is there when the decision is not in `recent`. */
+static __always_inline void opened(struct bpf_sock_ops *ops, struct decision *decision, struct origin *origin)
+{
+	u32 service_id = decision->service_id;
 	struct connection_count *per_service = connections.lookup(&service_id);
 
-	if (origin->carrier == CARRIED_PROXY) {
+	if (origin && decision->carrier == CARRIED_PROXY) {
 		struct flow_key key = {};
 		struct flow_value flow = {
 		    .cgroup = origin->cgroup,
-		    .asked_port = origin->asked_port,
+		    .asked_port = decision->asked_port,
 		    .service_id = service_id,
 		    .pid = origin->pid,
 		};
 
-		copy_address(flow.asked, origin->asked);
+		copy_address(flow.asked, decision->asked);
 		flow_key_of(ops, origin, &key);
 		/* A failed update shows at accept as a connection without origin: closed, never misled. */
 		if (flows.update(&key, &flow))
@@ -78,17 +87,16 @@ static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *orig
 		per_service->opened[CARRIED_DIRECT - 1] += 1;
 	}
 	count(PROGRAM_SOCKOPS, REASON_OPENED);
-	origin->counted = 1;
-	/* What a neighbour's program has asked for stays. */
-	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	decision->counted = 1;
+	watch(ops, decision); /* again, because a neighbour may have set its own flags in place of ours */
 }
 
-static __always_inline void closed(struct bpf_sock_ops *ops, struct origin *origin)
+static __always_inline void closed(struct bpf_sock_ops *ops, struct decision *decision, struct origin *origin)
 {
-	u32 service_id = origin->service_id;
+	u32 service_id = decision->service_id;
 	struct connection_count *per_service = connections.lookup(&service_id);
 
-	if (origin->carrier == CARRIED_PROXY) {
+	if (origin && decision->carrier == CARRIED_PROXY) {
 		struct flow_key key = {};
 
 		flow_key_of(ops, origin, &key);
@@ -99,39 +107,59 @@ static __always_inline void closed(struct bpf_sock_ops *ops, struct origin *orig
 		per_service->closed[CARRIED_DIRECT - 1] += 1;
 	}
 	count(PROGRAM_SOCKOPS, REASON_CLOSED);
-	origin->counted = 0;
+	decision->counted = 0;
 }
 
 /* Is the peer the one that connect gave? A socket may be connected again, to somewhere that is no service:
  * then the old decision is not about this connection. */
-static __always_inline bool led(struct bpf_sock_ops *ops, const struct origin *origin)
+static __always_inline bool led(struct bpf_sock_ops *ops, const struct decision *decision)
 {
 	u8 peer[16];
 
 	remote_address(ops, peer);
-	return ops->remote_port == (u32)origin->given_port << 16 && same_address(peer, origin->given);
+	return ops->remote_port == (u32)decision->given_port << 16 && same_address(peer, decision->given);
 }
 
 int sockops(struct bpf_sock_ops *ops)
 {
-	struct origin *origin;
+	struct decision *decision;
+	struct origin *origin = 0;
 	struct bpf_sock *sk;
+	u64 cookie;
+	bool connecting = ops->op == BPF_SOCK_OPS_TCP_CONNECT_CB;
 	bool establishing = ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB;
 
-	if (!establishing && !(ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] == TCP_CLOSED))
+	if (!connecting && !establishing && !(ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] == TCP_CLOSED))
 		return 1;
 	sk = ops->sk;
 	if (!sk)
 		return 1;
-	origin = origins.sk_storage_get(sk, 0, 0);
-	if (!origin)
+	cookie = socket_cookie(ops);
+	decision = recent_find(cookie);
+	if (connecting) {
+		/* A place in `recent` has to be given back by connections that are refused, too. */
+		if (decision)
+			watch(ops, decision);
 		return 1;
+	}
+	if (!decision) {
+		origin = origins.sk_storage_get(sk, 0, 0);
+		if (!origin)
+			return 1;
+		decision = &origin->decision;
+	}
 	if (establishing) {
 		/* Attached to a cgroup and to one below it, we run twice. */
-		if (!origin->counted && led(ops, origin))
-			opened(ops, origin);
-	} else if (origin->counted) {
-		closed(ops, origin);
+		if (!decision->counted && led(ops, decision))
+			opened(ops, decision, origin);
+		return 1;
 	}
+	if (decision->counted)
+		closed(ops, decision, origin);
+	if (origin)
+		decision->given_port =
+		    0; /* of a socket that is connected again, to whom we led it before, we know nothing */
+	else
+		recent_forget(cookie);
 	return 1;
 }

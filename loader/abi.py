@@ -68,6 +68,8 @@ PICK_TRIES = 4
 # A socket that sends again after so long without an answer is retrying: a second is the shortest timeout of resolvers.
 RETRY_NS = 1_000_000_000
 PATIENCE = 3  # retries that an endpoint which has answered is forgiven; one that never has, none
+RECENT_PLACES = 1 << 12  # 256 KiB, so that a place is still in a processor's cache when its turn comes again
+RECENT_UNWATCHED_JIFFIES = 60_000  # 1 to 10 minutes, as the kernel counts; to the first packet it is microseconds
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -121,25 +123,42 @@ class Listener(ct.Structure):
     _fields_ = [("ours", u32)]
 
 
-class Origin(ct.Structure):
-    """Per-socket storage: what connect decided, for getpeername, sockops and the command program.
+class Decision(ct.Structure):
+    """What connect decided about a socket, for getpeername and sockops.
 
-    `asked` is what the application dialled, `given` what it was led to.
+    `asked` is what the application dialled, `given` what it was led to. `watched`: sockops will hear of the
+    connection's end. `counted`: it is open, and counted as such.
     """
 
     _fields_ = [
-        ("netns", u64),
-        ("cgroup", u64),
         ("asked", Address),
         ("given", Address),
         ("asked_port", be16),
         ("given_port", be16),
         ("service_id", u32),
-        ("pid", u32),
         ("carrier", u8),
         ("counted", u8),
-        ("pad", u16),
+        ("watched", u8),
+        ("pad", u8),
     ]
+
+
+class BpfSpinLock(ct.Structure):
+    """The kernel's own; a map's value may hold one, by this name."""
+
+    _fields_ = [("val", u32)]
+
+
+class Recent(ct.Structure):
+    """A place of `recent`: whose (0: nobody's) and since when (jiffies)."""
+
+    _fields_ = [("cookie", u64), ("lock", BpfSpinLock), ("since", u32), ("decision", Decision), ("pad", u32)]
+
+
+class Origin(ct.Structure):
+    """Per-socket storage: the decision, and who connected from where, which the proxy and the command program ask."""
+
+    _fields_ = [("netns", u64), ("cgroup", u64), ("decision", Decision), ("pid", u32)]
 
 
 class FlowKey(ct.Structure):
@@ -298,8 +317,9 @@ class Command(ct.Structure):
 
 
 STRUCTS: tuple[type[ct.Structure], ...] = (
-    ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Listener, Origin, FlowKey,
-    FlowValue, ConnectionCount, Event, ServingKey, Connected, TalkKey, Talk, Asked, MemberKey, Member, Pair, Command,
+    ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Listener, Decision, Recent,
+    Origin, FlowKey, FlowValue, ConnectionCount, Event, ServingKey, Connected, TalkKey, Talk, Asked, MemberKey, Member,
+    Pair, Command,
 )  # fmt: skip
 ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Program, Reason, Side, Op)
 CONSTANTS = {
@@ -314,6 +334,8 @@ CONSTANTS = {
     "PICK_TRIES": PICK_TRIES,
     "RETRY_NS": RETRY_NS,
     "PATIENCE": PATIENCE,
+    "RECENT_PLACES": RECENT_PLACES,
+    "RECENT_UNWATCHED_JIFFIES": RECENT_UNWATCHED_JIFFIES,
 }
 
 

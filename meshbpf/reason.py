@@ -57,6 +57,7 @@ class Reason(IntEnum):
     ENDPOINT_GONE = 37
     ANSWERED = 38
     DATAGRAMS_FULL = 39
+    PLACE_TAKEN = 40
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -122,6 +123,7 @@ TEXT: dict[Reason, str] = {
     Reason.PEER_SENDING: "kept in the redirect table for now: the peer is in the middle of a call",
     Reason.READER_UNCHECKED: "not carried yet: the application's process was not looked at",
     Reason.READER_COUNTS: "an answer by TCP: this kernel hides redirected bytes from readers that use FIONREAD",
+    Reason.PLACE_TAKEN: "another connection had the place for this decision: kept with the socket, a little dearer",
     Reason.BOUND_TO_DEVICE: "the caller's socket is bound to a device, where no proxy listens: onProxyDown applied",
     Reason.UNANSWERED: "no answer for a second: the socket's next datagram was led to another endpoint",
     Reason.ENDPOINT_GONE: "the socket's endpoint left the service: its next datagram was led to another one",

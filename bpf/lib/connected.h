@@ -5,6 +5,7 @@
  * is released, so it never fills with leavings.
  */
 #pragma once
+#include "lib/cookie.h"
 
 static __always_inline u64 namespace_of(struct bpf_sock_addr *ctx);
 
@@ -31,7 +32,7 @@ static __always_inline void now_connected(struct bpf_sock_addr *ctx, u32 service
 {
 	struct connected now = {.service_id = service_id, .endpoint_id = to->endpoint_id};
 	struct connection_count *per_service;
-	u64 cookie = bpf_get_socket_cookie(ctx);
+	u64 cookie = socket_cookie(ctx);
 
 	not_connected(cookie, PROGRAM_CONNECT);
 	if (!to->endpoint_id)
@@ -54,7 +55,7 @@ static __always_inline void now_connected(struct bpf_sock_addr *ctx, u32 service
  * is the endpoint that the first one gave. */
 static __always_inline void connected_elsewhere(struct bpf_sock_addr *ctx, const struct service_key *key)
 {
-	u64 cookie = bpf_get_socket_cookie(ctx);
+	u64 cookie = socket_cookie(ctx);
 	struct connected *was = connected.lookup(&cookie);
 
 	if (was && (was->given_port != key->port || !same_address(was->given, key->address)))

@@ -76,3 +76,16 @@ def test_a_neighbour_keeps_the_callbacks_it_asked_for(ground: Ground) -> None:
                     assert sock.recv(100) == b"answer"
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == foreign.MARK
             until(lambda: ground.counts(ADDRESS) == (1, 0, 1, 0), "and we got ours")
+
+
+def test_a_neighbour_forgets_what_we_asked_for(ground: Ground) -> None:
+    """Its sockops runs after ours and sets its own flags in place of ours: we ask again when the handshake is over."""
+    with Listener() as a:
+        ground.attach(mesh(service("orders", ADDRESS, a.endpoint())))
+        with foreign.attached(
+            ground.cgroup, None, foreign.SOCK_OPS, foreign.CGROUP_SOCK_OPS, foreign.WANTS_ONLY_ROUND_TRIPS
+        ):
+            opened, _, closed, _ = ground.counts(ADDRESS)
+            with ground.connect(ADDRESS):
+                a.accept().close()
+            until(lambda: ground.counts(ADDRESS) == (opened + 1, 0, closed + 1, 0), "its end was counted")

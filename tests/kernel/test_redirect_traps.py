@@ -310,6 +310,12 @@ def test_closed_sockets_leave_the_table(rig: Rig) -> None:
 # --- namespaces ---------------------------------------------------------------------------------------------------
 
 
+def steer_packets() -> None:
+    """RPS on the loopback of the namespace we are in: /sys shows the one in which it was mounted, so mount it anew."""
+    script = "mount -t sysfs none /sys && echo 3 > /sys/class/net/lo/queues/rx-0/rps_cpus"
+    subprocess.run(["unshare", "--mount", "sh", "-ec", script], check=True)
+
+
 def test_the_same_tuple_in_two_namespaces(rig: Rig) -> None:
     """Both connections have every address and port in common; each reads only its own bytes. With RPS on, because a
     handshake that is finished by another processor is what early insertion raced with.
@@ -322,7 +328,7 @@ def test_the_same_tuple_in_two_namespaces(rig: Rig) -> None:
         return made
 
     with open("/proc/thread-self/ns/net", "rb") as home, rig.pair(client=client(0)) as here, netns.fresh():
-        subprocess.run(["sh", "-c", "echo 3 > /sys/class/net/lo/queues/rx-0/rps_cpus"], check=False)
+        steer_packets()
         with rig.listen(socket.AF_INET, "127.0.0.1", rig.port) as listener:
             port = here.c.getsockname()[1]
             with rig.pair(client=client(port), listener=listener) as there:

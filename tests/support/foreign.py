@@ -30,6 +30,10 @@ WANTS_ROUND_TRIPS = (
     + op(0xBF, 1, 6) + op(0xB7, 2, value=1) + op(0xB7, 3, value=36) + op(0xBF, 4, 10) + op(0x07, 4, value=-4)
     + op(0xB7, 5, value=4) + op(0x85, value=49) + PASS  # setsockopt(SOL_SOCKET, SO_MARK)
 )  # fmt: skip
+# Asks for round-trip samples before the first packet, and by not asking what was asked before, for nothing else.
+WANTS_ONLY_ROUND_TRIPS = (
+    op(0x61, 2, 1) + op(0x55, 2, jump=2, value=3) + op(0xB7, 2, value=8) + op(0x85, value=59) + PASS
+)  # fmt: skip
 
 
 def load(kind: int, attach_type: int, code: bytes = PASS) -> int:

@@ -15,7 +15,7 @@ from bench import __main__ as command
 from bench import figures, openloop, report
 from bench.envoy import config
 from bench.figures import FIGURES, ROWS, Figure, judge, too_wide
-from bench.machine import busy_seconds, usage_seconds
+from bench.machine import busy_seconds, steered, usage_seconds
 from bench.stats import Estimate, drift, estimate, holds, percentile, ratios
 
 LOOSE = Figure("loose", "keepalive", "cpu_us", "direct", "none", 1.04, at_most=True)
@@ -264,3 +264,11 @@ def test_a_stall_is_charged_to_every_request_it_kept_waiting() -> None:
     assert found["requests"] == 400
     assert found["max_us"] > 290_000
     assert found["p90_us"] > 100_000  # 10 % of 400 requests is 40; the stall alone covers three times as many
+
+
+def test_packet_steering_is_found(tmp_path: Path) -> None:
+    (tmp_path / "rx-0").mkdir()
+    switch = tmp_path / "rx-0" / "rps_cpus"
+    for text, found in (("0\n", None), ("00000000,00000000\n", None), ("3\n", switch), ("00000000,00000002\n", switch)):
+        switch.write_text(text)
+        assert steered(tmp_path) == found

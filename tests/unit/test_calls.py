@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,25 +169,33 @@ def attribute(kind: int, body: bytes) -> bytes:
 
 def answer(family: int, address: str, origin: abi.Origin) -> bytes:
     packed = socket.inet_pton(family, address).ljust(16, b"\0")
-    message = ANSWER.pack(family, 1, 0, 0, (4000).to_bytes(2, "big"), bytes(2), packed, bytes(16), 0, 0, 0, 0)
+    message = ANSWER.pack(family, 1, 0, 0, (4000).to_bytes(2, "big"), bytes(2), packed, bytes(16), 9, 0, 0, 0, 0)
     storage = attribute(1 | 0x8000, attribute(2, bytes(4)) + attribute(3, bytes(origin)))
     return message + attribute(8, bytes(1)) + attribute(20 | 0x8000, storage)
 
 
 def origin(counted: int = 1) -> abi.Origin:
-    return abi.Origin(
-        netns=3, cgroup=7, asked=abi.pack_address("127.96.0.11"), given=abi.pack_address("127.0.0.1"), asked_port=7000,
-        given_port=9, service_id=1, pid=42, carrier=abi.Carried.DIRECT, counted=counted,
+    decision = abi.Decision(
+        asked=abi.pack_address("127.96.0.11"), given=abi.pack_address("127.0.0.1"), asked_port=7000, given_port=9,
+        service_id=1, carrier=abi.Carried.DIRECT, counted=counted,
     )  # fmt: skip
+    return abi.Origin(netns=3, cgroup=7, pid=42, decision=decision)
 
 
 def test_a_socket_tells_what_was_decided_of_it() -> None:
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin())) == LED
-    assert read(answer(socket.AF_INET6, "::ffff:127.0.0.1", origin())) == LED
-    six = read(answer(socket.AF_INET6, "fd00::1", origin()))
+    assert read(answer(socket.AF_INET, "127.0.0.1", origin()), {}) == LED
+    assert read(answer(socket.AF_INET6, "::ffff:127.0.0.1", origin()), {}) == LED
+    six = read(answer(socket.AF_INET6, "fd00::1", origin()), {})
     assert six is not None and six.client == ("fd00::1", 4000)
 
 
+def test_a_direct_socket_is_known_by_its_cookie_and_the_kernel_s_word_on_its_cgroup() -> None:
+    message = answer(socket.AF_INET, "127.0.0.1", origin(counted=0)) + attribute(21, (77).to_bytes(8, "little"))
+    found = read(message, {9: origin().decision})
+    assert found == replace(LED, cgroup=77, pid=0, netns=0)
+    assert read(message, {8: origin().decision}) is None
+
+
 def test_a_socket_that_is_not_ours_or_was_connected_elsewhere_tells_nothing() -> None:
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin(counted=0))) is None
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin())[: ANSWER.size + 8]) is None
+    assert read(answer(socket.AF_INET, "127.0.0.1", origin(counted=0)), {}) is None
+    assert read(answer(socket.AF_INET, "127.0.0.1", origin())[: ANSWER.size + 8], {}) is None
