@@ -113,7 +113,7 @@ def client_rows(
                 **of, "carrier": one.carrier.value, "client": one.client or None,
                 "workload": label(one.cgroup) if one.cgroup else None, "pid": one.pid or None,
                 "asked": one.asked or None, "endpoint": one.endpoint or None, "cgroup": path(one.cgroup) or None,
-                "cgroup_id": one.cgroup, "netns": one.netns,
+                "cgroup_id": one.cgroup, "netns": one.netns or None,
             }
         )  # fmt: skip
     return rows

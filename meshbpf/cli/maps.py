@@ -44,7 +44,18 @@ CATALOGUE: Mapping[str, About] = {
     "listeners": About(
         "socket storage", "there for the proxy's listeners, for nobody else", "agent, by socket descriptor", "connect"
     ),
-    "origins": About("socket storage", "what connect decided", "connect", "getpeername, sockops, command, CLI"),
+    "recent": About(
+        "socket cookie mod 4096",
+        "what connect decided about a direct socket; one that meets a taken place goes to `origins`",
+        "connect, sockops",
+        "getpeername, sockops, CLI",
+    ),
+    "origins": About(
+        "socket storage",
+        "what connect decided, and who connected",
+        "connect",
+        "getpeername, sockops, command, CLI",
+    ),
     "flows": About("namespace, client address, port", "what was dialled, by whom", "sockops", "workers, CLI"),
     "connections": About("service id", "opened, closed by carrier (per CPU)", "sockops", "agent, CLI"),
     "counters": About("program, reason", "verdicts (per CPU)", "all programs", "agent, CLI"),

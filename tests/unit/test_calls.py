@@ -167,12 +167,11 @@ def attribute(kind: int, body: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(body), kind) + body + bytes(-len(body) % 4)
 
 
-def answer(family: int, address: str, origin: abi.Origin, cookie: int = 5) -> bytes:
+def answer(family: int, address: str, origin: abi.Origin) -> bytes:
     packed = socket.inet_pton(family, address).ljust(16, b"\0")
-    message = ANSWER.pack(family, 1, 0, 0, (4000).to_bytes(2, "big"), bytes(2), packed, bytes(16), cookie, 0, 0, 0, 0)
+    message = ANSWER.pack(family, 1, 0, 0, (4000).to_bytes(2, "big"), bytes(2), packed, bytes(16), 9, 0, 0, 0, 0)
     storage = attribute(1 | 0x8000, attribute(2, bytes(4)) + attribute(3, bytes(origin)))
-    cgroup = attribute(21, struct.pack("=Q", 11))
-    return message + attribute(8, bytes(1)) + cgroup + attribute(20 | 0x8000, storage)
+    return message + attribute(8, bytes(1)) + attribute(20 | 0x8000, storage)
 
 
 def origin(counted: int = 1) -> abi.Origin:
@@ -180,23 +179,23 @@ def origin(counted: int = 1) -> abi.Origin:
         asked=abi.pack_address("127.96.0.11"), given=abi.pack_address("127.0.0.1"), asked_port=7000, given_port=9,
         service_id=1, carrier=abi.Carried.DIRECT, counted=counted,
     )  # fmt: skip
-    return abi.Origin(netns=3, cgroup=7, decision=decision, pid=42)
+    return abi.Origin(netns=3, cgroup=7, pid=42, decision=decision)
 
 
 def test_a_socket_tells_what_was_decided_of_it() -> None:
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin()), {}, 9) == LED
-    assert read(answer(socket.AF_INET6, "::ffff:127.0.0.1", origin()), {}, 9) == LED
-    six = read(answer(socket.AF_INET6, "fd00::1", origin()), {}, 9)
+    assert read(answer(socket.AF_INET, "127.0.0.1", origin()), {}) == LED
+    assert read(answer(socket.AF_INET6, "::ffff:127.0.0.1", origin()), {}) == LED
+    six = read(answer(socket.AF_INET6, "fd00::1", origin()), {})
     assert six is not None and six.client == ("fd00::1", 4000)
 
 
+def test_a_direct_socket_is_known_by_its_cookie_and_the_kernel_s_word_on_its_cgroup() -> None:
+    message = answer(socket.AF_INET, "127.0.0.1", origin(counted=0)) + attribute(21, (77).to_bytes(8, "little"))
+    found = read(message, {9: origin().decision})
+    assert found == replace(LED, cgroup=77, pid=0, netns=0)
+    assert read(message, {8: origin().decision}) is None
+
+
 def test_a_socket_that_is_not_ours_or_was_connected_elsewhere_tells_nothing() -> None:
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin(counted=0)), {}, 9) is None
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin())[: ANSWER.size + 8], {}, 9) is None
-
-
-def test_a_direct_socket_is_found_by_its_cookie_and_its_cgroup_is_the_kernels_word() -> None:
-    recent = {5: origin().decision, 6: origin(counted=0).decision}
-    elsewhere = origin(counted=0)
-    assert read(answer(socket.AF_INET, "127.0.0.1", elsewhere), recent, 9) == replace(LED, cgroup=11, pid=0, netns=9)
-    assert read(answer(socket.AF_INET, "127.0.0.1", origin(), cookie=6), recent, 9) is None
+    assert read(answer(socket.AF_INET, "127.0.0.1", origin(counted=0)), {}) is None
+    assert read(answer(socket.AF_INET, "127.0.0.1", origin())[: ANSWER.size + 8], {}) is None
