@@ -70,6 +70,7 @@ enum reason {
 	REASON_NO_STAGE = 33,
 	REASON_READER_COUNTS = 34,
 	REASON_BOUND_TO_DEVICE = 35,
+	REASON_MPTCP = 36,
 };
 
 enum side {

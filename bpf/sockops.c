@@ -53,6 +53,25 @@ static __always_inline void flow_key_of(struct bpf_sock_ops *ops, const struct o
 	key->port = __builtin_bswap16(ops->local_port);
 }
 
+#if MPTCP
+static void *(*skc_to_mptcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_mptcp_sock;
+
+/* MPTCP: connect() was asked about the TCP socket that carries the first path, getpeername() will be asked about the
+ * connection above it, which the application holds. So that one gets a copy of what was decided. */
+static __always_inline void tell_mptcp(struct bpf_sock *sk, struct origin *origin)
+{
+	void *above = skc_to_mptcp_sock(sk);
+	struct origin *told;
+
+	if (!above)
+		return;
+	count(PROGRAM_SOCKOPS, REASON_MPTCP);
+	told = origins.sk_storage_get(above, origin, CREATE);
+	if (told)
+		*told = *origin; /* it may have been connected before */
+}
+#endif
+
 static __always_inline void opened(struct bpf_sock_ops *ops, struct origin *origin)
 {
 	u32 service_id = origin->service_id;
@@ -128,8 +147,12 @@ int sockops(struct bpf_sock_ops *ops)
 		return 1;
 	if (establishing) {
 		/* Attached to a cgroup and to one below it, we run twice. */
-		if (!origin->counted && led(ops, origin))
+		if (!origin->counted && led(ops, origin)) {
 			opened(ops, origin);
+#if MPTCP
+			tell_mptcp(sk, origin);
+#endif
+		}
 	} else if (origin->counted) {
 		closed(ops, origin);
 	}

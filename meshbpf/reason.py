@@ -51,6 +51,7 @@ class Reason(IntEnum):
     NO_STAGE = 33
     READER_COUNTS = 34
     BOUND_TO_DEVICE = 35
+    MPTCP = 36
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -98,6 +99,7 @@ TEXT: dict[Reason, str] = {
     Reason.NETNS_UNSUPPORTED: "this kernel cannot tell namespaces apart (before 5.14): onProxyDown applied",
     Reason.STORAGE_FULL: "no memory for the socket's storage: governed connections follow onProxyDown",
     Reason.FLOW_FULL: "the original destination could not be stored: the proxy closes this connection",
+    Reason.MPTCP: "MPTCP connections established through us, on their first path",
     Reason.OPENED: "connections established through us",
     Reason.CLOSED: "connections of ours that ended",
     Reason.JOINED: "a socket entered the redirect table",
