@@ -82,6 +82,7 @@ enum reason {
 	REASON_ANSWERED = 38,
 	REASON_DATAGRAMS_FULL = 39,
 	REASON_PLACE_TAKEN = 40,
+	REASON_MPTCP = 41,
 };
 
 enum side {

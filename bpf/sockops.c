@@ -54,6 +54,26 @@ static __always_inline void flow_key_of(struct bpf_sock_ops *ops, const struct o
 	key->port = __builtin_bswap16(ops->local_port);
 }
 
+#if MPTCP
+static void *(*skc_to_mptcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_mptcp_sock;
+
+/* MPTCP: connect() was asked about the TCP socket that carries the first path, getpeername() will be asked about the
+ * connection above it, which the application holds. So that one gets a copy of what was decided. */
+static __always_inline void tell_mptcp(struct bpf_sock *sk, const struct decision *decision)
+{
+	void *above = skc_to_mptcp_sock(sk);
+	struct origin fresh = {};
+	struct origin *told;
+
+	if (!above)
+		return;
+	count(PROGRAM_SOCKOPS, REASON_MPTCP);
+	told = origins.sk_storage_get(above, &fresh, CREATE);
+	if (told)
+		told->decision = *decision; /* it may have been connected before */
+}
+#endif
+
 /* Ask to hear of the connection's end. What a neighbour's program has asked for stays. */
 static __always_inline void watch(struct bpf_sock_ops *ops, struct decision *decision)
 {
@@ -164,8 +184,12 @@ int sockops(struct bpf_sock_ops *ops)
 	}
 	if (establishing) {
 		/* Attached to a cgroup and to one below it, we run twice. */
-		if (!decision->counted && led(ops, decision))
+		if (!decision->counted && led(ops, decision)) {
 			opened(ops, decision, origin);
+#if MPTCP
+			tell_mptcp(sk, decision);
+#endif
+		}
 		return 1;
 	}
 	if (decision->counted)

@@ -63,7 +63,7 @@ def _prepare_steps(
         _make_own(folder)
     yield "folders"
     defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
-    defines["NETNS_COOKIES"] = int(cookies)
+    defines |= {"NETNS_COOKIES": int(cookies), "MPTCP": int(btf.leads_to_mptcp())}
     defines["SET_RETVAL"] = int(environment.has_set_retval())
     defines |= {"REDIRECT": int(bool(fields_of_kernel)), "SELFTEST": int(naive), **fields_of_kernel}
     optional = (*redirect.PROGRAMS, *((redirect.NAIVE,) if naive else ())) if fields_of_kernel else ()

@@ -2,6 +2,7 @@
 
 They become -D defines for bpf/lib/member.h. A kernel without BTF, or without one of these fields, has no redirect
 (`redirect_defines` raises EnvironmentLack and says which), and loses nothing else. Read by libbpf, no policy here.
+`leads_to_mptcp` is for the other programs, which do without where it is False.
 """
 
 from __future__ import annotations
@@ -151,5 +152,19 @@ def redirect_defines() -> dict[str, int]:
         # FIONREAD of a member learnt to count redirected bytes together with this field (6.6.128, 6.12.75, 6.18.14).
         counts = kernel.field("sk_psock", "msg_tot_len") is not None
         return defines | {"SOCK_ZEROCOPY": zerocopy, "ANSWERS": int(counts)}
+    finally:
+        kernel.close()
+
+
+@cache
+def leads_to_mptcp() -> bool:
+    """Can a program get from a TCP socket to the MPTCP connection that it is a path of? From 5.19 on."""
+    try:
+        kernel = Btf()
+    except EnvironmentLack:
+        return False
+    try:
+        helper = kernel.enumerator("bpf_func_id", "BPF_FUNC_skc_to_mptcp_sock")
+        return helper is not None and kernel.field("mptcp_sock", "first") is not None
     finally:
         kernel.close()

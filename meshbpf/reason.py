@@ -58,6 +58,7 @@ class Reason(IntEnum):
     ANSWERED = 38
     DATAGRAMS_FULL = 39
     PLACE_TAKEN = 40
+    MPTCP = 41
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -105,6 +106,7 @@ TEXT: dict[Reason, str] = {
     Reason.NETNS_UNSUPPORTED: "this kernel cannot tell namespaces apart (before 5.14): onProxyDown applied",
     Reason.STORAGE_FULL: "no memory for the socket's storage: governed connections follow onProxyDown",
     Reason.FLOW_FULL: "the original destination could not be stored: the proxy closes this connection",
+    Reason.MPTCP: "MPTCP connections established through us, on their first path",
     Reason.OPENED: "connections established through us",
     Reason.CLOSED: "connections of ours that ended",
     Reason.JOINED: "a socket entered the redirect table",

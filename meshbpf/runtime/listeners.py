@@ -40,6 +40,9 @@ def _listen(family: int, address: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((address, port))
         sock.listen(BACKLOG)
+        # No Fast Open, even where net.ipv4.tcp_fastopen gives it to every listener: a connection could be accepted with
+        # its first packet, before the caller's side is established and `flows` says where it was going.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 0)
         sock.setblocking(False)
     except OSError:
         sock.close()
