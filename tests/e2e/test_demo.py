@@ -53,8 +53,10 @@ def finish(began: float, done: subprocess.CompletedProcess[str]) -> None:
 def half_way() -> Iterator[subprocess.Popen[str]]:
     """A demo that has everything running."""
     with subprocess.Popen(
-        DEMO, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as demo:
+        DEMO, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A suite that runs in a shell's background inherits an ignored SIGINT, and would hand it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    ) as demo:  # fmt: skip
         assert demo.stdout is not None and demo.stderr is not None
         assert any(MIDDLE in line for line in demo.stdout), demo.stderr.read()
         try:
