@@ -180,6 +180,7 @@ REMEDY: dict[Reason, str] = {
     Reason.MEMBERS_FULL: "raise Agent.spec.maps.members",
     Reason.UNANSWERED: "many: an endpoint is down. meshbpf endpoints SERVICE, and ask each one itself",
     Reason.DATAGRAMS_FULL: "raise Agent.spec.maps.datagrams",
+    Reason.AFFINITY_FULL: "look at the machine's memory",
     Reason.PROXY_ABSENT: "meshbpf run",
     Reason.SOCKET_TAKEN: "meshbpf check, foreign-sk-msg",
     Reason.NO_ORIGIN: "call the service's address",
@@ -200,5 +201,7 @@ REMEDY: dict[Reason, str] = {
     Reason.DOWNSTREAM_CLOSED: "the caller's timeout may be too short",
     Reason.UPSTREAM_CLOSED_EARLY: "the endpoint's own log",
     Reason.EXPECTATION_UNKNOWN: "mend the caller",
+    Reason.NOT_TLS: "is it the right port? protocol: tcp reads nothing",
+    Reason.HELLO_TIMEOUT: "does the server speak first? Then the port is tcp, not tls",
     Reason.STREAM_IDLE_TIMEOUT: "does the endpoint still work on it, does the caller read?",
 }

@@ -35,7 +35,10 @@ CATALOGUE: Mapping[str, About] = {
     "services": About("address, port, protocol", "service id", "loader", "connect"),
     "policies": About("service id", "slot count, carrier, pick, onProxyDown", "loader", "connect"),
     "slots": About(
-        "service id, index", "endpoint id (an endpoint as often as its weight says)", "loader", "connect"
+        "service id, index",
+        "endpoint id (an endpoint as often as its weight says), or a Maglev table",
+        "loader",
+        "connect",
     ),
     "endpoints": About("endpoint id", "address, port, draining", "loader", "connect, CLI"),
     "rounds": About("service id", "round-robin position", "connect", "connect"),
@@ -60,14 +63,20 @@ CATALOGUE: Mapping[str, About] = {
     "connections": About("service id", "opened, closed by carrier (per CPU)", "sockops", "agent, CLI"),
     "counters": About("program, reason", "verdicts (per CPU)", "all programs", "agent, CLI"),
     "events": About("ring", "a caller in a namespace without listener", "connect", "agent"),
-    "serving": About("service id, endpoint id", "an endpoint of a UDP port", "loader", "sendmsg"),
+    "serving": About(
+        "service id, endpoint id",
+        "an endpoint of a port that notes who goes where (UDP, sessionAffinity)",
+        "loader",
+        "connect, sendmsg",
+    ),
     "connected": About("socket cookie", "a connected UDP socket and its endpoint", "connect, release", "agent, CLI"),
     "talks": About("UDP socket, service address", "its endpoint", "sendmsg, recvmsg", "the same"),
     "answers": About("UDP socket, endpoint", "the service address it asked for", "sendmsg", "recvmsg"),
+    "affinities": About("client, service id", "the endpoint it had last, and when", "connect, sendmsg", "the same"),
     "socks": About("pair, side", "socket (sockhash)", "command", "redirect"),
     "members": About("socket storage", "the pair a socket is in, and what it sent", "command, redirect", "redirect"),
     "pairs": About(
-        "pair", "its binding: proof of order and credit, both ways", "command, redirect", "redirect, workers"
+        "pair", "its binding: proof of order and credit, both ways", "command, redirect, sockops", "redirect, workers"
     ),
     "stages": About(
         "0", "the current redirect program (the program on `socks` is a stub of one tail call)", "loader", "stub"

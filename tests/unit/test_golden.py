@@ -61,8 +61,8 @@ WELL: dict[str, Any] = {
         "acceleration": "redirect (the self-test has proven this kernel)",
     },
     "sources": [
-        {"name": "files", "services": 12, "age_seconds": 7385.2, "error": ""},
-        {"name": "registry", "services": 194, "age_seconds": 2.4, "error": ""},
+        {"name": "files", "services": 12, "age_seconds": 7385.2, "stale_seconds": 0.0, "error": ""},
+        {"name": "registry", "services": 194, "age_seconds": 2.4, "stale_seconds": 0.0, "error": ""},
     ],
     "error": "",
     "maps": FILLS[:2] + FILLS[3:],
