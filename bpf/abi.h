@@ -23,11 +23,18 @@ enum carried {
 enum pick {
 	PICK_ROUND_ROBIN = 1,
 	PICK_RANDOM = 2,
+	PICK_HASH = 3,
+	PICK_HASH_OF_BOTH = 4,
 };
 
 enum down {
 	DOWN_DIRECT = 1,
 	DOWN_REFUSE = 2,
+};
+
+enum serving {
+	SERVING_KEEPS = 1,
+	SERVING_TAKES = 2,
 };
 
 enum program {
@@ -82,6 +89,7 @@ enum reason {
 	REASON_ANSWERED = 38,
 	REASON_DATAGRAMS_FULL = 39,
 	REASON_PLACE_TAKEN = 40,
+	REASON_AFFINITY_FULL = 41,
 };
 
 enum side {
@@ -118,8 +126,9 @@ struct policy_value {
 	u8 pick;
 	u8 on_proxy_down;
 	u8 pad;
+	u32 affinity_ms;
 };
-_Static_assert(sizeof(struct policy_value) == 12, "policy_value");
+_Static_assert(sizeof(struct policy_value) == 16, "policy_value");
 
 struct slot_key {
 	u32 service_id;
@@ -259,6 +268,26 @@ struct asked {
 	u16 pad;
 };
 _Static_assert(sizeof(struct asked) == 20, "asked");
+
+struct client {
+	u8 address[16];
+	u64 netns;
+};
+_Static_assert(sizeof(struct client) == 24, "client");
+
+struct affinity_key {
+	struct client client;
+	u32 service_id;
+	u32 pad;
+};
+_Static_assert(sizeof(struct affinity_key) == 32, "affinity_key");
+
+struct affinity {
+	u64 used;
+	u32 endpoint_id;
+	u32 pad;
+};
+_Static_assert(sizeof(struct affinity) == 16, "affinity");
 
 struct member_key {
 	u64 pair;

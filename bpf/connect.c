@@ -29,6 +29,7 @@ struct destination {
 	u32 endpoint_id; /* 0: none */
 };
 
+#include "lib/client.h"
 #include "lib/connected.h"
 
 /* Which endpoints a socket can talk to. */
@@ -38,10 +39,24 @@ enum reach {
 	REACH_IPV6, /* and not the mapped ones: sendmsg6 cannot go to IPv4 */
 };
 
+static __always_inline bool reaches(enum reach reach, const struct endpoint_value *endpoint)
+{
+	return reach == REACH_ANY || is_ipv4(endpoint->address) == (reach == REACH_IPV4);
+}
+
+static __always_inline void led_straight(struct destination *to, const struct endpoint_value *endpoint,
+					 u32 endpoint_id)
+{
+	copy_address(to->address, endpoint->address);
+	to->port = endpoint->port;
+	to->carrier = CARRIED_DIRECT;
+	to->endpoint_id = endpoint_id;
+}
+
 /* A slot's endpoint. Tried a few times, because the loader may be changing the tables under us: between two
  * reads an endpoint can be gone, and then the next slot's is as good. `avoid` is an endpoint that is
  * taken only when there is no other. */
-static __always_inline bool pick_endpoint(enum program program, u32 service_id,
+static __always_inline bool pick_endpoint(struct bpf_sock_addr *ctx, enum program program, u32 service_id,
 					  const struct policy_value *policy, enum reach reach, u32 avoid,
 					  struct destination *to)
 {
@@ -60,6 +75,16 @@ static __always_inline bool pick_endpoint(enum program program, u32 service_id,
 			start = *round;
 			__sync_fetch_and_add(round, 1);
 		}
+	} else if (policy->pick >= PICK_HASH) {
+		struct client client;
+
+		client_of(ctx, &client);
+		start = hash_of(&client);
+		if (policy->pick == PICK_HASH_OF_BOTH) {
+			count_of_slots = policy->slots4;
+			if (reach == REACH_ANY)
+				first = 2 * count_of_slots;
+		}
 	}
 #pragma unroll
 	for (int try = 0; try < PICK_TRIES; try++) {
@@ -75,12 +100,8 @@ static __always_inline bool pick_endpoint(enum program program, u32 service_id,
 			u32 endpoint_id = slot->endpoint_id;
 
 			endpoint = endpoints.lookup(&endpoint_id);
-			if (endpoint && !endpoint->draining &&
-			    (reach == REACH_ANY || is_ipv4(endpoint->address) == (reach == REACH_IPV4))) {
-				copy_address(to->address, endpoint->address);
-				to->port = endpoint->port;
-				to->carrier = CARRIED_DIRECT;
-				to->endpoint_id = endpoint_id;
+			if (endpoint && !endpoint->draining && reaches(reach, endpoint)) {
+				led_straight(to, endpoint, endpoint_id);
 				if (endpoint_id != avoid)
 					return true;
 				found = true;
@@ -91,6 +112,8 @@ static __always_inline bool pick_endpoint(enum program program, u32 service_id,
 	}
 	return found;
 }
+
+#include "lib/affinity.h"
 
 /* Is the proxy's listener in the caller's namespace? Told from a stranger on the same port by its entry in
  * `listeners`, which nobody can make who has not opened our pins. */
@@ -254,8 +277,8 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE) {
 		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
 		refuse(to, ipv4, bound);
-	} else if (pick_endpoint(PROGRAM_CONNECT, service_id, policy, ipv4_socket ? REACH_IPV4 : REACH_ANY, 0,
-				 to)) {
+	} else if (choose_endpoint(ctx, PROGRAM_CONNECT, service_id, policy,
+				   ipv4_socket ? REACH_IPV4 : REACH_ANY, 0, to)) {
 		count(PROGRAM_CONNECT, REASON_DIRECT);
 	} else {
 		count(PROGRAM_CONNECT, REASON_NO_ENDPOINT);

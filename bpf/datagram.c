@@ -103,7 +103,7 @@ static __always_inline enum leading lead_datagram(struct bpf_sock_addr *ctx, str
 		if (reason == REASON_UNANSWERED)
 			avoid = talk->endpoint_id;
 	}
-	if (!pick_endpoint(PROGRAM_SENDMSG, service_id, policy, reach, avoid, to)) {
+	if (!choose_endpoint(ctx, PROGRAM_SENDMSG, service_id, policy, reach, avoid, to)) {
 		count(PROGRAM_SENDMSG, REASON_NO_ENDPOINT);
 		return NOBODY;
 	}

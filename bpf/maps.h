@@ -57,7 +57,7 @@ TABLE("percpu_array", int, u64, counters, COUNTERS, 0);
 /* callers in a namespace without a listener. Reader: agent. */
 TABLE("ringbuf", int, int, events, EVENTS_BYTES, 0);
 
-/* service id, endpoint id: an endpoint of a UDP port. Writer: loader. */
+/* service id, endpoint id: an endpoint of a UDP port, or of one with sessionAffinity. Writer: loader. */
 TABLE("hash", struct serving_key, u32, serving, SIZE_ENDPOINTS, BPF_F_NO_PREALLOC);
 /* cookie -> a connected UDP socket. Writers: connect, release. */
 TABLE("hash", u64, struct connected, connected, SIZE_DATAGRAMS, BPF_F_NO_PREALLOC);
@@ -65,6 +65,8 @@ TABLE("hash", u64, struct connected, connected, SIZE_DATAGRAMS, BPF_F_NO_PREALLO
 TABLE("lru_hash", struct talk_key, struct talk, talks, SIZE_DATAGRAMS, 0);
 /* UDP socket and endpoint -> the service address it asked for. Writer: sendmsg, and nobody else. */
 TABLE("lru_hash", struct talk_key, struct asked, answers, SIZE_DATAGRAMS, 0);
+/* client and service -> the endpoint it had last. Writer: connect, sendmsg. */
+TABLE("lru_hash", struct affinity_key, struct affinity, affinities, SIZE_AFFINITIES, 0);
 
 #if REDIRECT
 /* pair and side -> socket. Writer: command. Reader: redirect. A leaf of 8 bytes lets user space read the cookie. */

@@ -35,6 +35,8 @@ class Pick(IntEnum):
 
     ROUND_ROBIN = 1
     RANDOM = 2
+    HASH = 3  # the slots are one Maglev table
+    HASH_OF_BOTH = 4  # three, for IPv4 endpoints, for IPv6 ones and for all, each of `slots4` slots
 
 
 class Down(IntEnum):
@@ -42,6 +44,13 @@ class Down(IntEnum):
 
     DIRECT = 1
     REFUSE = 2
+
+
+class Serving(IntEnum):
+    """What an endpoint is to a service's port: sockets that talk to it may go on, or it takes new ones as well."""
+
+    KEEPS = 1
+    TAKES = 2
 
 
 class Program(IntEnum):
@@ -85,10 +94,19 @@ class ServiceValue(ct.Structure):
 
 class PolicyValue(ct.Structure):
     """How the connect hook treats a service. `slots` is how many slots may be picked from; the first `slots4` of them
-    are IPv4 endpoints, all that an IPv4 socket can reach.
+    are IPv4 endpoints, all that an IPv4 socket can reach (see `Pick` for hashed ones). `affinity_ms`: how long after
+    its last connection a client still gets the same endpoint; 0: nobody notes whom it got.
     """
 
-    _fields_ = [("slots", u32), ("slots4", u32), ("carrier", u8), ("pick", u8), ("on_proxy_down", u8), ("pad", u8)]
+    _fields_ = [
+        ("slots", u32),
+        ("slots4", u32),
+        ("carrier", u8),
+        ("pick", u8),
+        ("on_proxy_down", u8),
+        ("pad", u8),
+        ("affinity_ms", u32),
+    ]
 
 
 class SlotKey(ct.Structure):
@@ -192,7 +210,7 @@ class Event(ct.Structure):
 
 
 class ServingKey(ct.Structure):
-    """An endpoint that belongs to the service's port, draining or not: sockets that talk to it may go on."""
+    """An endpoint that belongs to the service's port, draining or not; the value is one of `Serving`."""
 
     _fields_ = [("service_id", u32), ("endpoint_id", u32)]
 
@@ -236,6 +254,22 @@ class Asked(ct.Structure):
     """The service address that the datagrams of an endpoint are shown with."""
 
     _fields_ = [("address", Address), ("port", be16), ("pad", u16)]
+
+
+class Client(ct.Structure):
+    """Who calls: the address that its socket is bound to, or, with an address of zeros, its network namespace."""
+
+    _fields_ = [("address", Address), ("netns", u64)]
+
+
+class AffinityKey(ct.Structure):
+    _fields_ = [("client", Client), ("service_id", u32), ("pad", u32)]
+
+
+class Affinity(ct.Structure):
+    """The endpoint that a client was led to, and when it was last (CLOCK_MONOTONIC)."""
+
+    _fields_ = [("used", u64), ("endpoint_id", u32), ("pad", u32)]
 
 
 class Side(IntEnum):
@@ -318,10 +352,10 @@ class Command(ct.Structure):
 
 STRUCTS: tuple[type[ct.Structure], ...] = (
     ServiceKey, ServiceValue, PolicyValue, SlotKey, SlotValue, EndpointValue, AgentState, Listener, Decision, Recent,
-    Origin, FlowKey, FlowValue, ConnectionCount, Event, ServingKey, Connected, TalkKey, Talk, Asked, MemberKey, Member,
-    Pair, Command,
+    Origin, FlowKey, FlowValue, ConnectionCount, Event, ServingKey, Connected, TalkKey, Talk, Asked, Client,
+    AffinityKey, Affinity, MemberKey, Member, Pair, Command,
 )  # fmt: skip
-ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Program, Reason, Side, Op)
+ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Serving, Program, Reason, Side, Op)
 CONSTANTS = {
     "COUNTERS": COUNTERS,
     "REASON_STRIDE": REASON_STRIDE,

@@ -65,6 +65,7 @@ def _prepare_steps(
     defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
     defines["NETNS_COOKIES"] = int(cookies)
     defines["SET_RETVAL"] = int(environment.has_set_retval())
+    defines["MACHINE"] = environment.machine()
     defines |= {"REDIRECT": int(bool(fields_of_kernel)), "SELFTEST": int(naive), **fields_of_kernel}
     optional = (*redirect.PROGRAMS, *((redirect.NAIVE,) if naive else ())) if fields_of_kernel else ()
     job = compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS), optional)

@@ -89,4 +89,6 @@ def _smaller(old: bytes, new: bytes) -> bytes:
     policy, other = abi.PolicyValue.from_buffer_copy(old), abi.PolicyValue.from_buffer_copy(new)
     policy.slots = min(policy.slots, other.slots)
     policy.slots4 = min(policy.slots4, other.slots4)
+    if policy.pick == abi.Pick.HASH_OF_BOTH != other.pick:
+        policy.pick = abi.Pick.HASH  # of what is left the three tables are no more to be told apart
     return bytes(policy)

@@ -121,6 +121,11 @@ def check_cgroup(path: Path, allow_root: bool = False) -> Path:
     return resolved
 
 
+def machine() -> int:
+    """A number below 2**31 that tells this machine, as it runs now, from others; containers have their host's."""
+    return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16) >> 1
+
+
 def has_set_retval() -> bool:
     """Whether a cgroup hook can choose the error that its caller gets (bpf_set_retval, Linux 5.18)."""
     return int(libbpf.library().libbpf_probe_bpf_helper(SOCK_ADDR, SET_RETVAL, None)) == 1

@@ -8,16 +8,15 @@ long as the writes take.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loader import abi
+from loader.slots import IDENTITY, MAPPED, spread
 from meshbpf.carrier import Carrier, choose
 from meshbpf.errors import MapFull
 from meshbpf.model import (
-    Balance,
     Endpoint,
     EndpointState,
     MapSizes,
@@ -27,20 +26,18 @@ from meshbpf.model import (
     Protocol,
     Service,
     ServicePolicy,
+    SessionAffinity,
 )
 
 IPPROTO = {Protocol.UDP: 17}
 TCP = 6
-MAX_SHARES = 100
-IDENTITY = abi.EndpointValue.draining.offset  # an endpoint's address and port
-MAPPED = b"\0" * 10 + b"\xff\xff"
 # Layouts of abi.py that are packed by the hundred thousand; a unit test holds them against it.
 ENDPOINT = struct.Struct(">16sHBB")  # EndpointValue, and ServiceKey with a protocol instead of the flag
 SLOT = struct.Struct("<II")  # SlotKey
-POLICY = struct.Struct("<IIBBBB")  # PolicyValue
+POLICY = struct.Struct("<IIBBBBI")  # PolicyValue
 Table = dict[bytes, bytes]
 TABLES = ("services", "policies", "slots", "serving", "endpoints")
-PRESENT = (1).to_bytes(4, "little")
+KEEPS, TAKES = (number.to_bytes(4, "little") for number in abi.Serving)
 
 
 @dataclass(slots=True)
@@ -81,30 +78,6 @@ def sized_by(table: str) -> str:
 
 def service_key(address: str, port: int, protocol: Protocol) -> bytes:
     return ENDPOINT.pack(packed(address), port, IPPROTO.get(protocol, TCP), 0)
-
-
-def shares(weights: list[int]) -> list[int]:
-    """Weights as small whole shares: divided by their greatest common divisor, scaled to at most MAX_SHARES."""
-    if len(set(weights)) == 1:
-        return [1 if weights[0] else 0] * len(weights)
-    divisor = math.gcd(*weights) if weights else 1
-    reduced = [weight // divisor for weight in weights] if divisor else list(weights)
-    top = max(reduced, default=0)
-    if top > MAX_SHARES:
-        reduced = [max(1, round(share * MAX_SHARES / top)) if share else 0 for share in reduced]
-    return reduced
-
-
-def interleave(counts: list[int]) -> list[int]:
-    """Indices, each as often as its count, spread evenly: the n-th turn of a count stands at (n - 1/2) / count."""
-    if set(counts) == {1}:
-        return list(range(len(counts)))
-    turns = [((2 * turn + 1) / count, index) for index, count in enumerate(counts) for turn in range(count)]
-    return [index for _when, index in sorted(turns)]
-
-
-def is_ipv4(value: bytes) -> bool:
-    return value.startswith(MAPPED)
 
 
 def packed(address: str) -> bytes:
@@ -149,8 +122,8 @@ class EndpointIds:
 
 @dataclass(frozen=True, slots=True)
 class PortRows:
-    """What one service port takes: its endpoints (also those that no slot names), slots and policy; of UDP, `serving`
-    names the endpoints that a socket may go on talking to, whatever their state and weight.
+    """What one service port takes: its endpoints (also those that no slot names), slots and policy; of UDP, and with
+    sessionAffinity, `serving` names the endpoints that a socket or client may stay with.
     """
 
     endpoints: list[tuple[bytes, bytes]]
@@ -161,8 +134,11 @@ class PortRows:
 
 def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int, ids: EndpointIds) -> PortRows:
     endpoints: list[tuple[bytes, bytes]] = []
-    picked: list[tuple[bytes, bool]] = []
-    weights: list[int] = []
+    serving: list[tuple[bytes, bytes]] = []
+    picked: list[tuple[bytes, bytes, int]] = []
+    own = service_id.to_bytes(4, "little")
+    affinity = policy.load_balancer.session_affinity is SessionAffinity.CLIENT_IP
+    notes = affinity or port.protocol is Protocol.UDP
     for endpoint in service.endpoints:
         number = endpoint.ports.get(port.name)
         if number is None:
@@ -170,22 +146,21 @@ def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int
         value = endpoint_value(endpoint, number)
         key = ids.key(value)
         endpoints.append((key, value))
-        if endpoint.weight > 0 and endpoint.state is EndpointState.READY:
-            picked.append((key, is_ipv4(value)))
-            weights.append(endpoint.weight)
-    order = [picked[which] for which in interleave(shares(weights))]
-    order.sort(key=lambda entry: not entry[1])  # stable: IPv4 first, each family still spread evenly
-    slots = [(SLOT.pack(service_id, index), key) for index, (key, _ipv4) in enumerate(order)]
-    own = service_id.to_bytes(4, "little")
-    serving = [(own + key, PRESENT) for key, _value in endpoints] if port.protocol is Protocol.UDP else []
-    random = policy.load_balancer.simple is Balance.RANDOM
+        takes = endpoint.weight > 0 and endpoint.state is EndpointState.READY
+        if takes:
+            picked.append((key, value, endpoint.weight))
+        if notes:
+            serving.append((own + key, TAKES if takes else KEEPS))
+    chosen = spread(picked, policy.load_balancer)
+    slots = [(SLOT.pack(service_id, index), key) for index, key in enumerate(chosen.slots)]
     held = POLICY.pack(
-        len(order),
-        sum(ipv4 for _key, ipv4 in order),
+        len(slots),
+        chosen.ipv4,
         abi.Carried.DIRECT if choose(port, policy).carrier is Carrier.DIRECT else abi.Carried.PROXY,
-        abi.Pick.RANDOM if random else abi.Pick.ROUND_ROBIN,
+        chosen.pick,
         abi.Down.REFUSE if policy.on_proxy_down is OnProxyDown.REFUSE else abi.Down.DIRECT,
         0,
+        round(1000 * policy.load_balancer.session_affinity_timeout) if affinity else 0,
     )
     return PortRows(endpoints, serving, slots, held)
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from loader.diff import Run, runs
-from loader.plan import IDENTITY, TABLES, EndpointIds, Ids, Plan, PortRows, Tables, carried, plan, rows_of, sized_by
+from loader.plan import TABLES, EndpointIds, Ids, Plan, PortRows, Tables, carried, plan, rows_of, sized_by
+from loader.slots import IDENTITY
 from meshbpf.errors import MapFull
 from meshbpf.model import MapSizes, Mesh, Port, Service, ServicePolicy
 
@@ -36,6 +37,7 @@ class _Change:
     port: Port
     old: Service
     new: Service
+    old_policy: ServicePolicy
     policy: ServicePolicy
 
 
@@ -93,12 +95,12 @@ class Planner:
                 pairs.append((old, new))
         if len(pairs) > MOST:
             return None
-        return [change for old, new in pairs for change in self._ports(old, new, mesh)]
+        return [change for old, new in pairs for change in self._ports(old, new, last, mesh)]
 
-    def _ports(self, old: Service, new: Service, mesh: Mesh) -> Iterator[_Change]:
+    def _ports(self, old: Service, new: Service, last: Mesh, mesh: Mesh) -> Iterator[_Change]:
         for _service, port, keys in carried(Mesh(services=(new,))):
             service_id = int.from_bytes(self._tables.services[keys[0]], "little")
-            yield _Change(service_id, port, old, new, mesh.policy_for(new))
+            yield _Change(service_id, port, old, new, last.policy_for(old), mesh.policy_for(new))
 
     def _rows(self, changes: list[_Change]) -> tuple[Tables, Tables]:
         """The rows of what changed, as they are and as they must be. Endpoints may be named by others as well."""
@@ -107,7 +109,7 @@ class Planner:
         for change in changes:
             key = change.service_id.to_bytes(4, "little")
             have.policies[key] = self._tables.policies[key]
-            old = rows_of(change.old, change.port, change.policy, change.service_id, self._endpoints)
+            old = rows_of(change.old, change.port, change.old_policy, change.service_id, self._endpoints)
             have.slots.update((slot, self._tables.slots[slot]) for slot, _endpoint in old.slots)
             have.serving.update(old.serving)
             touched.update(self._count(old, -1))

@@ -22,7 +22,7 @@ from meshbpf.reason import Reason
 # table → key size, value size, per CPU
 SHAPES: dict[str, tuple[int, int, bool]] = {
     "services": (20, 4, False),
-    "policies": (4, 12, False),
+    "policies": (4, 16, False),
     "slots": (8, 4, False),
     "endpoints": (4, 20, False),
     "rounds": (4, 8, False),
@@ -35,14 +35,15 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "connected": (8, 40, False),
     "talks": (32, 40, False),
     "answers": (32, 20, False),
+    "affinities": (32, 16, False),
     "counters": (4, 8, True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an apply did: writes made, the names of the ids now in the kernel, and whether an endpoint of a UDP port
-    left: then sockets may be connected to it."""
+    """What an apply did: writes made, the names of the ids now in the kernel, and whether an endpoint left a port
+    that notes them: then UDP sockets may be connected to it."""
 
     writes: int
     plan: Plan

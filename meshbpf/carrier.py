@@ -22,6 +22,18 @@ class Choice:
     why: str
 
 
+def lack(port: Port, policy: ServicePolicy) -> str:
+    """Why no carrier does with the port what its policy says, and the remedy; empty when one does."""
+    if port.protocol is Protocol.UDP and policy.mode is Mode.PROXY:
+        return "is UDP, which no proxy carries, and the service's policy has mode proxy: leave mode out"
+    field = policy.load_balancer.by_client
+    if field and choose(port, policy).carrier is Carrier.PROXY:
+        return (
+            f"is carried by the proxy, which has no loadBalancer.{field} yet: set mode: direct in the service's policy"
+        )
+    return ""
+
+
 def choose(port: Port, policy: ServicePolicy) -> Choice:
     """The carrier of `port` under `policy` (INTERFACE, "mode: auto follows the port's protocol")."""
     if port.protocol is Protocol.UDP:

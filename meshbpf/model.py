@@ -52,6 +52,13 @@ class Balance(StrEnum):
     RANDOM = "RANDOM"
 
 
+class SessionAffinity(StrEnum):
+    """`loadBalancer.sessionAffinity`, in Kubernetes' words."""
+
+    NONE = "None"
+    CLIENT_IP = "ClientIP"
+
+
 class EndpointState(StrEnum):
     """READY gets new connections; DRAINING keeps those it has and gets no new ones."""
 
@@ -100,8 +107,33 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
+class Maglev:
+    """`table_size` is a prime, about a hundred times the endpoints. Cilium's size for ten: 82 KB of the kernel's."""
+
+    table_size: int = 1021
+
+
+@dataclass(frozen=True, slots=True)
+class ConsistentHash:
+    """The same endpoint for the same client. In use when `use_source_ip` is."""
+
+    use_source_ip: bool = False
+    maglev: Maglev = Maglev()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadBalancer:
     simple: Balance = Balance.LEAST_REQUEST  # Istio's default
+    consistent_hash: ConsistentHash = ConsistentHash()
+    session_affinity: SessionAffinity = SessionAffinity.NONE
+    session_affinity_timeout: float = 10800.0  # Kubernetes; since the client's last connection
+
+    @property
+    def by_client(self) -> str:
+        """The field that chooses by who calls, which only the kernel does; empty when none does."""
+        if self.consistent_hash.use_source_ip:
+            return "consistentHash"
+        return "sessionAffinity" if self.session_affinity is not SessionAffinity.NONE else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +232,7 @@ class MapSizes:
     flows: int = 65536
     members: int = 65536
     datagrams: int = 16384
+    affinities: int = 16384
 
 
 @dataclass(frozen=True, slots=True)

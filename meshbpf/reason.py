@@ -57,6 +57,7 @@ class Reason(IntEnum):
     ANSWERED = 38
     DATAGRAMS_FULL = 39
     PLACE_TAKEN = 40
+    AFFINITY_FULL = 41
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -128,6 +129,7 @@ TEXT: dict[Reason, str] = {
     Reason.ENDPOINT_GONE: "the socket's endpoint left the service: its next datagram was led to another one",
     Reason.ANSWERED: "a datagram of an endpoint, shown as one of the service",
     Reason.DATAGRAMS_FULL: "a UDP socket could not be noted: it keeps its endpoint, whatever becomes of that",
+    Reason.AFFINITY_FULL: "a client's endpoint could not be noted: its next connection may get another one",
     Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",

@@ -8,10 +8,11 @@ from typing import Any
 from loader import abi
 from loader.dataplane import Dataplane
 from loader.plan import service_key
+from meshbpf import durations
 from meshbpf.carrier import Carrier, choose
 from meshbpf.cli.view import unknown
 from meshbpf.errors import NotFound
-from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Protocol, Service, ServicePolicy
+from meshbpf.model import Balance, Mesh, OnProxyDown, Port, Protocol, Service, ServicePolicy, SessionAffinity
 from meshbpf.reason import TEXT, Reason
 
 Steps = list[tuple[str, str]]
@@ -19,6 +20,8 @@ CONVERSATION = (
     "a socket stays with its endpoint until that leaves the service; a retry after a second without an answer,"
     " from a socket that is not connected, goes to another one"
 )
+
+CLIENT = "a client is the address that its socket is bound to, else its network namespace"
 
 
 def verdicts(counters: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -104,25 +107,44 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
         fallback = "led to an endpoint, ungoverned" if policy.on_proxy_down is OnProxyDown.DIRECT else "refused"
         steps.append(("proxy down", f"onProxyDown {policy.on_proxy_down}: {fallback}"))
     steps.append(("balance", _balance(policy, choice.carrier)))
+    if policy.load_balancer.session_affinity is SessionAffinity.CLIENT_IP:
+        timeout = durations.render(policy.load_balancer.session_affinity_timeout)
+        steps.append(("affinity", f"ClientIP: the endpoint it had last, until {timeout} pass without a call; {CLIENT}"))
     if port.protocol is Protocol.UDP:
         steps.append(("conversation", CONVERSATION))
-    steps += _endpoints(plane, service, port, held)
+    steps += _endpoints(plane, service, port, held, _shared(port, policy))
     return steps
 
 
 def _balance(policy: ServicePolicy, carrier: Carrier) -> str:
-    simple = policy.load_balancer.simple
+    simple, hashed = policy.load_balancer.simple, policy.load_balancer.consistent_hash
+    if hashed.use_source_ip:
+        return f"consistentHash by weight, Maglev table of {hashed.maglev.table_size}: {CLIENT}"
     if carrier is Carrier.DIRECT and simple is Balance.LEAST_REQUEST:
         return "ROUND_ROBIN by weight: in direct nobody counts requests, so LEAST_REQUEST becomes this"
     return f"{simple}" + ("" if simple is Balance.RANDOM else ", by weight")
 
 
-def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | None) -> Steps:
+def _shared(port: Port, policy: ServicePolicy) -> str:
+    """What endpoints have their shares of."""
+    if policy.load_balancer.consistent_hash.use_source_ip:
+        return "clients"
+    if policy.load_balancer.session_affinity is SessionAffinity.CLIENT_IP:
+        return "new clients"
+    return "new sockets" if port.protocol is Protocol.UDP else "new connections"
+
+
+def _slots(plane: Dataplane, held: bytes) -> range:
+    """Those that a socket which can reach every endpoint is led by."""
+    raw = plane.maps["policies"].lookup(held)
+    policy = abi.PolicyValue.from_buffer_copy(raw) if raw else abi.PolicyValue()
+    return range(2 * policy.slots4 if policy.pick == abi.Pick.HASH_OF_BOTH else 0, policy.slots)
+
+
+def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | None, shared: str) -> Steps:
     slots: dict[int, int] = {}
     if held is not None:
-        policy = plane.maps["policies"].lookup(held)
-        count = abi.PolicyValue.from_buffer_copy(policy).slots if policy else 0
-        for index in range(count):
+        for index in _slots(plane, held):
             slot = plane.maps["slots"].lookup(bytes(abi.SlotKey(int.from_bytes(held, "little"), index)))
             if slot is not None:
                 slots[int.from_bytes(slot, "little")] = slots.get(int.from_bytes(slot, "little"), 0) + 1
@@ -140,7 +162,7 @@ def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | Non
             continue
         count = shares.get(bytes(abi.EndpointValue(abi.pack_address(endpoint.address), number))[:18], 0)
         why = (
-            f"{100 * count / total:.3g}% of new {'sockets' if port.protocol is Protocol.UDP else 'connections'}"
+            f"{100 * count / total:.3g}% of {shared}"
             if count
             else f"never picked: {endpoint.state}, weight {endpoint.weight}"
         )

@@ -15,7 +15,8 @@ from operator import is_
 from types import MappingProxyType
 from typing import NamedTuple
 
-from meshbpf.model import Agent, Endpoint, Mesh, Mode, Port, Protocol, Service, ServicePolicy
+from meshbpf.carrier import lack
+from meshbpf.model import DEFAULT_POLICY, Agent, Endpoint, Mesh, Port, Protocol, Service, ServicePolicy
 from meshbpf.registry import pool
 from meshbpf.registry.base import Snapshot
 from meshbpf.registry.instance import IPNetwork, ServiceId
@@ -51,13 +52,13 @@ class Wanted(NamedTuple):
 @dataclass(slots=True)
 class _Draft:
     """A service while sources add to it. `rank` is the source that addresses it; `words` are what all sources say of
-    it, each with its rank. `uncarried` are ports that are left out because the service is `proxied`: by its policy."""
+    it, each with its rank. `uncarried` are ports that are left out because nobody does with them what `policy` says."""
 
     service: Service
     rank: int
     words: list[tuple[int, Service]]
-    proxied: bool = False
-    uncarried: tuple[str, ...] = ()
+    policy: ServicePolicy = DEFAULT_POLICY
+    uncarried: tuple[Port, ...] = ()
 
 
 def mesh(snapshots: Sequence[Snapshot], given: Mapping[ServiceId, str], generation: int = 0) -> Merged:
@@ -129,13 +130,14 @@ class Merger:
         same = agent == self._agent and len(words) == len(self._drafts)
         same = same and [_setting(s) for s in snapshots] == [_setting(s) for s in self._snapshots]
         drafts: dict[ServiceId, _Draft] = {}
-        proxied = {identity for identity, policy in policies(snapshots).items() if policy.mode is Mode.PROXY}
+        governed = policies(snapshots)
         for identity, said in words.items():
             known = self._drafts.get(identity)
-            if known is not None and known.proxied is (identity in proxied) and _same_words(known.words, said):
+            policy = governed.get(identity, DEFAULT_POLICY)
+            if known is not None and _carries_alike(known.policy, policy) and _same_words(known.words, said):
                 drafts[identity] = known
                 continue
-            draft = drafts[identity] = _draft(said, identity in proxied)
+            draft = drafts[identity] = _draft(said, policy)
             same = same and known is not None and _called(known) == _called(draft)
             self._finished.pop(identity, None)
         if not same:
@@ -158,9 +160,9 @@ class Merger:
     def _finish(self, draft: _Draft, called: tuple[str, ...], problems: list[Problem]) -> Service:
         """The service with its endpoints: united, without repetitions, without what must not be called."""
         service = draft.service
-        for name in draft.uncarried:
-            why = "is UDP, which no proxy carries, and the service's policy has mode proxy: leave mode out"
-            problems.append(Problem(service.label, f"port {name}", why))
+        for port in draft.uncarried:
+            problems.append(Problem(service.label, f"port {port.name}", lack(port, draft.policy)))
+        uncarried = [port.name for port in draft.uncarried]
         protocols = {port.name: port.protocol for port in service.ports}
         layers = {port.name: addresses.layer4(port.protocol) for port in service.ports}
         suspect = addresses.suspect_ports(self._agent)
@@ -179,7 +181,7 @@ class Merger:
                     if (name not in layers or number in suspect or (address, layers[name], number) in self._taken) and (
                         why := _refused_port(address, name, number, protocols, self._agent, self._taken)
                     ):
-                        if name not in draft.uncarried:
+                        if name not in uncarried:
                             problems.append(Problem(service.label, addresses.joined(address, number), why))
                     # Two sources may know the same endpoint; for each port the earlier source's word on weight and
                     # state holds.
@@ -227,8 +229,13 @@ def _called(draft: _Draft) -> tuple[object, ...]:
     return (draft.rank, draft.service.addresses, draft.service.ports)
 
 
-def _draft(words: list[tuple[int, Service]], proxied: bool) -> _Draft:
-    """What one service is by the words of all sources that know it. In files `schema` has refused UDP by the proxy."""
+def _carries_alike(left: ServicePolicy, right: ServicePolicy) -> bool:
+    return (left.mode, left.load_balancer.by_client) == (right.mode, right.load_balancer.by_client)
+
+
+def _draft(words: list[tuple[int, Service]], policy: ServicePolicy) -> _Draft:
+    """What one service is by the words of all sources that know it. In files `schema` has refused ports that nobody
+    carries as their policy says."""
     rank, service = words[0]
     for other_rank, other in words[1:]:
         if not service.addresses and other.addresses:
@@ -236,11 +243,10 @@ def _draft(words: list[tuple[int, Service]], proxied: bool) -> _Draft:
         service = _joined(service, other)
     if not service.ports:
         service = dataclasses.replace(service, ports=_instance_ports(words))
-    uncarried = tuple(port.name for port in service.ports if proxied and port.protocol is Protocol.UDP)
+    uncarried = tuple(port for port in service.ports if lack(port, policy))
     if uncarried:
-        carried = tuple(port for port in service.ports if port.protocol is not Protocol.UDP)
-        service = dataclasses.replace(service, ports=carried)
-    return _Draft(service, rank, words, proxied, uncarried)
+        service = dataclasses.replace(service, ports=tuple(port for port in service.ports if port not in uncarried))
+    return _Draft(service, rank, words, policy, uncarried)
 
 
 def _joined(first: Service, second: Service) -> Service:

@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
-from loader.plan import TABLES, carried, shares, sized_by
-from meshbpf.model import EndpointState, MapSizes, Mesh, Protocol, Service
+from loader.plan import TABLES, carried, sized_by
+from loader.slots import slots_of
+from meshbpf.model import EndpointState, LoadBalancer, MapSizes, Mesh, Protocol, Service, SessionAffinity
 from meshbpf.registry.instance import ServiceId
 from meshbpf.registry.merge import Problem
 
-MAX_SLOTS = 10_000  # of one service of a registry: a hundred endpoints with the most uneven weights
+# Of one service of a registry: a hundred endpoints with the most uneven weights. A Maglev table is as large as its
+# policy says, which no registry can write.
+MAX_SLOTS = 10_000
 
 
 @dataclass(slots=True)
@@ -24,16 +27,18 @@ class _Used:
     rows: Counter[str] = field(default_factory=Counter)
     endpoints: set[tuple[str, int]] = field(default_factory=set)
 
-    def lack(self, service: Service, sizes: MapSizes, most_slots: int, instead: Service | None = None) -> str:
+    def lack(
+        self, service: Service, policy: LoadBalancer, sizes: MapSizes, most_slots: int, instead: Service | None = None
+    ) -> str:
         """Why the service does not fit beside what is used (in which it may stand `instead` of another); empty when it
         fits, and then it is used.
         """
-        rows, named = _rows(service)
+        rows, named = _rows(service, policy)
         rows["endpoints"] = len(named - self.endpoints)
-        if rows["slots"] > most_slots:
+        if rows["slots"] > most_slots and not policy.consistent_hash.use_source_ip:
             return f"needs {rows['slots']} slots, and a service of a registry may have {most_slots}"
         if instead is not None:
-            rows.subtract(_rows(instead)[0])
+            rows.subtract(_rows(instead, policy)[0])
         for table in TABLES:
             if self.rows[table] + rows[table] > getattr(sizes, sized_by(table)):
                 return f"does not fit into map {table}: raise Agent.spec.maps.{sized_by(table)}"
@@ -42,16 +47,17 @@ class _Used:
         return ""
 
 
-def _rows(service: Service) -> tuple[Counter[str], set[tuple[str, int]]]:
+def _rows(service: Service, policy: LoadBalancer) -> tuple[Counter[str], set[tuple[str, int]]]:
     """How many rows of every table but `endpoints` it takes, and the endpoints that it names."""
     rows: Counter[str] = Counter()
     named: set[tuple[str, int]] = set()
     for _service, port, keys in carried(Mesh(services=(service,))):
         known = [endpoint for endpoint in service.endpoints if port.name in endpoint.ports]
-        ready = [e.weight for e in known if e.state is EndpointState.READY and e.weight > 0]
+        ready = [e for e in known if e.state is EndpointState.READY and e.weight > 0]
         named.update((endpoint.address, endpoint.ports[port.name]) for endpoint in known)
-        serving = len(known) if port.protocol is Protocol.UDP else 0
-        rows.update(services=len(keys), policies=1, slots=sum(shares(ready)), serving=serving)
+        affinity = policy.session_affinity is SessionAffinity.CLIENT_IP
+        serving = len(known) if affinity or port.protocol is Protocol.UDP else 0
+        rows.update(services=len(keys), policies=1, slots=slots_of(ready, policy), serving=serving)
     return rows, named
 
 
@@ -59,14 +65,17 @@ class Fitter:
     """Fits mesh after mesh; counts again only what changed, and looks closely only when the sum of all is too much."""
 
     def __init__(self) -> None:
-        self._most: dict[int, tuple[Service, tuple[int, ...]]] = {}
+        self._most: dict[int, tuple[Service, LoadBalancer, tuple[int, ...]]] = {}
 
     def fit(self, mesh: Mesh, files: Sequence[Service], sizes: MapSizes, name: str) -> tuple[Mesh, list[Problem]]:
         """As `fit`; `files` are the services as the files, a source called `name`, have them."""
         known, self._most = self._most, {}
         for service in mesh.services:
-            self._most[id(service)] = known.get(id(service)) or (service, _most(service))
-        counted = [most for _service, most in self._most.values()]
+            policy, found = mesh.policy_for(service).load_balancer, known.get(id(service))
+            if found is None or found[1] != policy:
+                found = (service, policy, _most(service, policy))
+            self._most[id(service)] = found
+        counted = [most for _service, _policy, most in self._most.values()]
         sums = [sum(column) for column in zip(*counted, strict=True)]
         if all(rows <= getattr(sizes, sized_by(table)) for table, rows in zip(TABLES, sums, strict=False)) and (
             max((most[TABLES.index("slots")] for most in counted), default=0) <= MAX_SLOTS
@@ -76,9 +85,9 @@ class Fitter:
         return fit(mesh, {service.id for service in files}, sizes, places)
 
 
-def _most(service: Service) -> tuple[int, ...]:
+def _most(service: Service, policy: LoadBalancer) -> tuple[int, ...]:
     """Rows of each of TABLES that the service takes when it shares nothing with others."""
-    rows, named = _rows(service)
+    rows, named = _rows(service, policy)
     rows["endpoints"] = len(named)
     return tuple(rows[table] for table in TABLES)
 
@@ -90,22 +99,26 @@ def fit(
     sources (places in files) of the endpoints in them that are the files' own.
     """
     used, problems = _Used(), []
+
+    def balance(service: Service) -> LoadBalancer:
+        return mesh.policy_for(service).load_balancer
+
     kept: dict[ServiceId, Service] = {}
     named = sorted((service for service in mesh.services if service.id in files), key=lambda service: service.id)
     for service in named:
         kept[service.id] = replace(service, endpoints=tuple(e for e in service.endpoints if e.source in own_sources))
-        if used.lack(kept[service.id], sizes, sizes.slots):
+        if used.lack(kept[service.id], balance(service), sizes, sizes.slots):
             return mesh, []  # `plan` refuses it, and names the table
     rest = sorted((service for service in mesh.services if service.id not in files), key=lambda service: service.id)
     for service in named:
         own = kept[service.id]
         if len(own.endpoints) != len(service.endpoints):
-            if why := used.lack(service, sizes, MAX_SLOTS, instead=own):
+            if why := used.lack(service, balance(service), sizes, MAX_SLOTS, instead=own):
                 problems.append(Problem(service.label, "endpoints of registries", why))
             else:
                 kept[service.id] = service
     for service in rest:
-        if why := used.lack(service, sizes, MAX_SLOTS):
+        if why := used.lack(service, balance(service), sizes, MAX_SLOTS):
             problems.append(Problem(service.label, "service", why))
         else:
             kept[service.id] = service

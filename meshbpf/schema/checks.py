@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshbpf.model import Agent, Mode, Protocol
+from meshbpf.carrier import Carrier, choose
+from meshbpf.model import Agent, Mode, Protocol, ServicePolicy
 from meshbpf.schema import addresses
 from meshbpf.schema.agent import AgentDocument
 from meshbpf.schema.fields import meant
@@ -114,6 +115,12 @@ def _policies(
                 f"spec.mode proxy: no proxy carries UDP, and service {policy.service} has the UDP port {udp[0]}:"
                 " leave mode out, or give that port a service of its own",
             )
+        if (field := policy.load_balancer.by_client) and (port := _proxied(known.get(policy.service_id), policy)):
+            report.add(
+                document.balance_at,
+                f"spec.loadBalancer.{field}: the proxy has none yet, and it carries port {port} of service"
+                f" {policy.service}: set spec.mode to direct, or give that port a service of its own",
+            )
         if policy.service_id not in known and complete:
             hint = _near(policy.service, policy.namespace, known)
             report.add(document.service_at, f"no service {policy.service} in namespace {policy.namespace}: {hint}")
@@ -121,6 +128,12 @@ def _policies(
 
 def _udp_ports(document: ServiceDocument | None) -> list[str]:
     return [port.name for port in document.service.ports if port.protocol is Protocol.UDP] if document else []
+
+
+def _proxied(document: ServiceDocument | None, policy: ServicePolicy) -> str:
+    """The first port that the proxy carries."""
+    ports = document.service.ports if document else ()
+    return next((port.name for port in ports if choose(port, policy).carrier is Carrier.PROXY), "")
 
 
 def _near(name: str, namespace: str, known: dict[tuple[str, str], ServiceDocument]) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from meshbpf.model import (
     AccessLogPolicy,
     ConnectionPool,
+    ConsistentHash,
     HttpPool,
     LoadBalancer,
+    Maglev,
     ServicePolicy,
+    SessionAffinity,
     TcpPool,
     Timeouts,
 )
@@ -19,6 +23,8 @@ from meshbpf.yamlpos import Mark
 
 _DEFAULT = ServicePolicy()
 _LARGEST_COUNT = (1 << 31) - 1
+_LONGEST_AFFINITY = 86_400.0  # Kubernetes
+_SMALLEST_TABLE, _LARGEST_TABLE = 251, 131_071  # Cilium's
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class PolicyDocument:
     at: Mark
     service_at: Mark
     mode_at: Mark
+    balance_at: Mark
 
 
 def read(document: Fields) -> PolicyDocument:
@@ -46,15 +53,47 @@ def read(document: Fields) -> PolicyDocument:
         mode=spec.word("mode", _DEFAULT.mode),
         acceleration=spec.word("acceleration", _DEFAULT.acceleration),
         on_proxy_down=spec.word("onProxyDown", _DEFAULT.on_proxy_down),
-        load_balancer=LoadBalancer(
-            simple=spec.below("loadBalancer").word("simple", _DEFAULT.load_balancer.simple),
-        ),
+        load_balancer=_load_balancer(spec.below("loadBalancer")),
         connection_pool=_connection_pool(spec.below("connectionPool")),
         timeouts=_timeouts(spec.below("timeouts")),
         access_log=_access_log(spec.below("accessLog")),
         source=str(at),
     )
-    return PolicyDocument(policy, at, spec.where("service"), spec.where("mode"))
+    return PolicyDocument(policy, at, spec.where("service"), spec.where("mode"), spec.where("loadBalancer"))
+
+
+def _load_balancer(fields: Fields) -> LoadBalancer:
+    default = LoadBalancer()
+    simple = fields.word("simple", default.simple)
+    hashed = fields.below("consistentHash")
+    if fields.has("simple") and hashed.given:
+        fields.report.add(
+            fields.where("consistentHash"), f"{fields.path} has simple and consistentHash: give one of them"
+        )
+    affinity = fields.word("sessionAffinity", default.session_affinity)
+    timeout = fields.duration("sessionAffinityTimeout", default.session_affinity_timeout, positive=True)
+    if timeout > _LONGEST_AFFINITY:
+        fields.wrong("sessionAffinityTimeout", "a duration of at most 24h")
+    if fields.has("sessionAffinityTimeout") and affinity is SessionAffinity.NONE:
+        where = fields.where("sessionAffinityTimeout")
+        fields.report.add(where, f"{fields.path}.sessionAffinityTimeout is of no use without sessionAffinity: ClientIP")
+    return LoadBalancer(simple, _consistent_hash(hashed), affinity, timeout)
+
+
+def _consistent_hash(fields: Fields) -> ConsistentHash:
+    default = ConsistentHash()
+    by_source = fields.flag("useSourceIp", default.use_source_ip)
+    if fields.given and not by_source and not set(fields.keys()) - {"useSourceIp", "maglev"}:
+        fields.report.add(fields.at, f"{fields.path} does not say what to hash: give useSourceIp: true")
+    table = fields.below("maglev")
+    size = table.whole("tableSize", default.maglev.table_size, _SMALLEST_TABLE, _LARGEST_TABLE)
+    if (prime := next(number for number in range(size, 0, -1) if _is_prime(number))) != size:
+        table.wrong("tableSize", f"a prime (the next smaller one is {prime})")
+    return ConsistentHash(by_source, Maglev(prime))
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
 def _connection_pool(fields: Fields) -> ConnectionPool:

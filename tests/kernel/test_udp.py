@@ -21,7 +21,7 @@ from meshbpf.model import EndpointState, Port, Protocol, Service
 from meshbpf.runtime import netns as runtime_netns
 from meshbpf.runtime import stranded
 from tests.support import netns
-from tests.support.datagrams import Server, client, pass_a_second, reasons, service
+from tests.support.datagrams import Server, asked, client, pass_a_second, reasons, service
 from tests.support.ground import SIZES, Ground, Listener, mesh, reached
 
 ADDRESS, OTHER, SIX = "127.96.53.1", "127.96.53.2", "fd00:96::53"
@@ -41,15 +41,6 @@ def servers() -> Iterator[list[Server]]:
     yield made
     for server in made:
         server.close()
-
-
-def asked(*servers: Server) -> Server:
-    """Which of them has a datagram waiting; takes it."""
-    ready = select.select(servers, [], [], 10)[0]
-    assert len(ready) == 1, f"{len(ready)} endpoints were asked"
-    found: Server = ready[0]
-    found.take()
-    return found
 
 
 def counts(ground: Ground, address: str = ADDRESS) -> tuple[int, int]:

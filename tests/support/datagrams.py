@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Sequence
 
@@ -43,6 +44,15 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def asked(*servers: Server) -> Server:
+    """Which of them has a datagram waiting; takes it."""
+    ready = select.select(servers, [], [], SECONDS)[0]
+    assert len(ready) == 1, f"{len(ready)} endpoints were asked"
+    found: Server = ready[0]
+    found.take()
+    return found
 
 
 def service(name: str, addresses: str | Sequence[str], *endpoints: Endpoint, port: int = 53) -> Service:

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from loader import abi
 from loader.diff import Write
 from loader.plan import Tables
-from meshbpf.model import Endpoint, EndpointState, Mesh, Mode, Port, Protocol, Service, ServicePolicy
+from meshbpf.model import (
+    ConsistentHash,
+    Endpoint,
+    EndpointState,
+    LoadBalancer,
+    Maglev,
+    Mesh,
+    Mode,
+    Port,
+    Protocol,
+    Service,
+    ServicePolicy,
+    SessionAffinity,
+)
 
 ADDRESSES = ["127.96.0.1", "127.96.0.2", "127.96.0.3", "fd00::1"]
 HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "fd00::a", "fd00::b"]
@@ -25,6 +38,12 @@ endpoints = st.builds(
     st.sampled_from([0, 1, 1, 2, 6]),
     state=st.sampled_from(EndpointState),
 )
+# Seven and eleven are small for a table, and few enough to look at all of them after every write.
+BALANCERS = (
+    LoadBalancer(),
+    LoadBalancer(session_affinity=SessionAffinity.CLIENT_IP),
+    *(LoadBalancer(consistent_hash=ConsistentHash(True, Maglev(size))) for size in (7, 11)),
+)
 PORTS = (Port("main", 80, Protocol.TCP), Port("more", 81, Protocol.HTTP), Port("datagrams", 80, Protocol.UDP))
 
 
@@ -39,8 +58,13 @@ def meshes(draw: st.DrawFn) -> Mesh:
             ports = tuple(draw(st.lists(st.sampled_from(PORTS), min_size=1, max_size=3, unique=True)))
             found = tuple(draw(st.lists(endpoints, max_size=6)))
             services.append(Service(name, addresses=addresses, ports=ports, endpoints=found))
-    modes = {(s.name, "default"): ServicePolicy(service=s.name, mode=draw(st.sampled_from(Mode))) for s in services}
-    return Mesh(services=tuple(services), policies=modes)
+    policies = {
+        (s.name, "default"): ServicePolicy(
+            service=s.name, mode=draw(st.sampled_from(Mode)), load_balancer=draw(st.sampled_from(BALANCERS))
+        )
+        for s in services
+    }
+    return Mesh(services=tuple(services), policies=policies)
 
 
 def do(tables: Tables, write: Write) -> None:
@@ -66,12 +90,14 @@ def connect(tables: Tables, address: str, port: int, ipv4_socket: bool) -> Led |
     if raw is None:
         return None
     policy = abi.PolicyValue.from_buffer_copy(tables.policies[raw])  # a service without one would be left alone
-    count = policy.slots4 if ipv4_socket else policy.slots
+    first, count = 0, policy.slots4 if ipv4_socket else policy.slots
+    if policy.pick == abi.Pick.HASH_OF_BOTH:
+        first, count = 0 if ipv4_socket else 2 * policy.slots4, policy.slots4
     found: set[Target] = set()
     refused, retried = not count, False
     for start in range(count):
         for attempt in range(abi.PICK_TRIES):
-            key = bytes(abi.SlotKey(int.from_bytes(raw, "little"), (start + attempt) % count))
+            key = bytes(abi.SlotKey(int.from_bytes(raw, "little"), first + (start + attempt) % count))
             endpoint = abi.EndpointValue.from_buffer_copy(tables.endpoints[tables.slots[key]])
             name = abi.unpack_address(endpoint.address)
             if not endpoint.draining and not (ipv4_socket and ":" in name):

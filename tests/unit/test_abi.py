@@ -58,6 +58,7 @@ def test_every_pad_is_last_or_between_and_starts_as_zero() -> None:
         ("heartbeat", abi.u32, abi.u64),
         ("flows", abi.FlowKey, abi.FlowValue),
         ("connections", abi.u32, abi.ConnectionCount),
+        ("affinities", abi.AffinityKey, abi.Affinity),
         ("counters", abi.u32, abi.u64),
     ],
 )

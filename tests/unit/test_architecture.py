@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "policy": {"common"},
     "schema": {"common"},
     "registry": {"common", "schema"},
-    "loader": {"common"},
+    "loader": {"common", "policy"},
     "userspace_proxy": {"common", "policy"},
     "client": {"common", "schema", "registry"},
     "telemetry": {"common", "userspace_proxy"},
@@ -35,7 +35,8 @@ MAY_IMPORT = {
 }
 PURE = (
     "meshbpf.model", "meshbpf.carrier", "meshbpf.reason", "meshbpf.wire", "meshbpf.schema", "meshbpf.policy",
-    "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.plan", "loader.planner", "loader.diff",
+    "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.slots", "loader.plan", "loader.planner",
+    "loader.diff",
 )  # fmt: skip
 CLOCKS_DICE_AND_WIRES = {
     "asyncio", "logging", "multiprocessing", "random", "secrets", "select", "signal", "socket", "subprocess",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from meshbpf.cli.explain import explain, targets, verdicts
 from meshbpf.errors import NotFound
 from meshbpf.model import (
     Balance,
+    ConsistentHash,
     Endpoint,
     EndpointState,
     LoadBalancer,
+    Maglev,
     Mesh,
     Mode,
     OnProxyDown,
@@ -18,6 +22,7 @@ from meshbpf.model import (
     Protocol,
     Service,
     ServicePolicy,
+    SessionAffinity,
 )
 from tests.support.plane import attached
 
@@ -65,6 +70,26 @@ def test_a_direct_port_says_what_becomes_of_least_request() -> None:
     assert any(step == "balance" and says.startswith("ROUND_ROBIN by weight: in direct") for step, says in steps)
     assert ("endpoint", "127.0.0.2: has no port db, never picked") in steps
     assert "proxy down" not in dict(steps)
+
+
+def test_a_hashed_port_has_shares_of_the_table_for_all() -> None:
+    balance = LoadBalancer(consistent_hash=ConsistentHash(True, Maglev(251)))
+    six = Endpoint("fd00::1", {"db": 1}, weight=2)
+    mixed = replace(ORDERS, ports=(ORDERS.ports[1],), endpoints=(*ORDERS.endpoints[:1], six))
+    steps = said("orders", Mesh(services=(mixed,), policies={mixed.id: ServicePolicy(load_balancer=balance)}))
+    assert dict(steps)["balance"].startswith("consistentHash by weight, Maglev table of 251: a client is the address")
+    assert [says for step, says in steps if step == "endpoint"] == [
+        "127.0.0.1:1, 50.2% of clients",
+        "fd00::1:1, 49.8% of clients",
+    ]
+
+
+def test_a_client_s_endpoint() -> None:
+    balance = LoadBalancer(session_affinity=SessionAffinity.CLIENT_IP)
+    ported = replace(ORDERS, ports=(ORDERS.ports[1],))
+    steps = said("orders", Mesh(services=(ported,), policies={ported.id: ServicePolicy(load_balancer=balance)}))
+    assert dict(steps)["affinity"].startswith("ClientIP: the endpoint it had last, until 3h pass without a call; ")
+    assert ("endpoint", "127.0.0.1:1, 100% of new clients") in steps
 
 
 def test_no_endpoint_and_a_policy() -> None:

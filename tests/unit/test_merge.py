@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from meshbpf.model import (
     AdminSettings,
     Agent,
+    ConsistentHash,
     EmbeddedRegistry,
     Endpoint,
+    LoadBalancer,
     Mesh,
     Mode,
     Port,
@@ -176,6 +178,23 @@ def test_a_udp_port_of_a_registry_is_not_carried_past_a_policy_that_wants_the_pr
         else:
             assert {port.name for port in found.ports} == {"tcp", "udp"}
             assert (len(found.endpoints), merged.problems) == (2, ())
+
+
+def test_an_http_port_of_a_registry_is_not_carried_past_a_policy_that_chooses_by_client() -> None:
+    """In files it is refused; no proxy chooses by client."""
+    hashed = LoadBalancer(consistent_hash=ConsistentHash(use_source_ip=True))
+    both = Service("web", endpoints=(endpoint("10.0.0.1", http=80, tcp=81),))
+    merger = Merger()
+    for mode, expected in ((Mode.AUTO, ["tcp"]), (Mode.DIRECT, ["http", "tcp"]), (Mode.PROXY, [])):
+        files = Snapshot(policies=(ServicePolicy("p", service="web", mode=mode, load_balancer=hashed),))
+        merged = merger.mesh([files, registry(both)], {})
+        assert merged == mesh([files, registry(both)], {})
+        assert sorted(port.name for port in only(merged.mesh).ports) == expected
+        assert [problem.what for problem in merged.problems] == sorted(
+            f"port {n}" for n in {"http", "tcp"} - {*expected}
+        )
+        for problem in merged.problems:
+            assert problem.why.endswith("no loadBalancer.consistentHash yet: set mode: direct in the service's policy")
 
 
 def test_an_address_that_two_services_want_stays_with_the_earlier_source_and_the_other_gets_one_from_the_pool() -> None:

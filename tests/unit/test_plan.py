@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from loader import abi
 from loader.diff import diff
-from loader.plan import MAX_SHARES, Ids, Tables, interleave, plan, service_key, shares
+from loader.plan import Ids, Tables, plan, service_key
+from loader.slots import MAX_SHARES, interleave, shares
 from meshbpf.errors import MapFull
 from meshbpf.model import (
     Agent,

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loader.plan import Tables, plan
-from meshbpf.model import Agent, Endpoint, MapSizes, Mesh, Port, Protocol, Service
+from meshbpf.model import (
+    Agent,
+    ConsistentHash,
+    Endpoint,
+    LoadBalancer,
+    Maglev,
+    MapSizes,
+    Mesh,
+    Port,
+    Protocol,
+    Service,
+    ServicePolicy,
+)
 from meshbpf.runtime.room import MAX_SLOTS, Fitter, fit
 
 TCP = (Port("tcp", 80, Protocol.TCP),)
@@ -42,6 +54,25 @@ def test_each_udp_service_has_its_endpoints_for_itself() -> None:
     exact = replace(mesh, agent=Agent(maps=MapSizes(endpoints=6)))
     assert fit(exact, set(), exact.agent.maps) == (exact, [])
     plan(exact, Tables())
+
+
+def test_a_table_takes_what_its_policy_says_and_no_registry_is_blamed_for_it() -> None:
+    ours = service("ours", 1, 2)
+    large = ServicePolicy(load_balancer=LoadBalancer(consistent_hash=ConsistentHash(True, Maglev(16_381))))
+    mesh = Mesh(services=(ours,), policies={ours.id: large})
+    fitter = Fitter()
+    for slots, fits in ((16_381, True), (16_380, False)):
+        sizes = MapSizes(slots=slots)
+        fitted, problems = fit(mesh, set(), sizes)
+        assert (bool(fitted.services), bool(problems)) == (fits, not fits)
+        assert fitter.fit(mesh, (), sizes, "files") == (fitted, problems)
+        assert len(plan(fitted, Tables()).tables.slots) == (16_381 if fits else 0)
+    assert fitter.fit(Mesh(services=(ours,)), (), sizes, "files")[1] == []  # the same service, another policy
+    six = replace(ours.endpoints[0], address="fd00::1")
+    both = replace(mesh, services=(replace(ours, endpoints=(*ours.endpoints, six)),))
+    assert fit(both, set(), MapSizes(slots=3 * 16_381))[1] == []
+    assert fit(both, set(), MapSizes(slots=3 * 16_381 - 1))[1] != []
+    assert len(plan(both, Tables()).tables.slots) == 3 * 16_381
 
 
 def test_files_keep_their_endpoints_when_a_registry_adds_too_many() -> None:

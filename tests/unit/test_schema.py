@@ -16,10 +16,12 @@ from meshbpf.model import (
     Agent,
     Balance,
     ConnectionPool,
+    ConsistentHash,
     EmbeddedRegistry,
     Endpoint,
     HttpPool,
     LoadBalancer,
+    Maglev,
     MapSizes,
     Mode,
     OnProxyDown,
@@ -28,6 +30,7 @@ from meshbpf.model import (
     ProxySettings,
     Service,
     ServicePolicy,
+    SessionAffinity,
     TcpPool,
     Timeouts,
 )
@@ -83,7 +86,10 @@ fault: {abort: {percent: 1, httpStatus: 503}}
 fallback: {status: 503}
 tracing: {samplingPercent: 1}
 loadBalancer: {warmup: 10s}
-loadBalancer: {consistentHash: {useSourceIp: true}}
+loadBalancer: {consistentHash: {httpHeaderName: x-user}}
+loadBalancer: {consistentHash: {httpCookie: {name: user, ttl: 0s}}}
+loadBalancer: {consistentHash: {httpQueryParameterName: user}}
+loadBalancer: {consistentHash: {useSourceIp: true, ringHash: {minimumRingSize: 1024}}}
 loadBalancer: {simple: PEAK_EWMA}
 connectionPool: {http: {http2MaxRequests: 1024}}
 timeouts: {perTry: 1s}
@@ -202,6 +208,53 @@ def test_services_are_sorted_whatever_the_order_of_files() -> None:
 def test_what_is_reserved_is_refused_and_never_ignored(field: str) -> None:
     (fault,) = faults(policy(f"{{service: orders, {field}}}"))
     assert ": reserved, but this version does not enforce it yet: remove " in fault or "use one of ROUND_ROBIN" in fault
+
+
+@pytest.mark.parametrize(
+    ("field", "fault"),
+    [
+        ("consistentHash: {}", ".consistentHash does not say what to hash: give useSourceIp: true"),
+        ("consistentHash: {useSourceIp: true, maglev: {tableSize: 1000}}",
+         ".consistentHash.maglev.tableSize must be a prime (the next smaller one is 997), got 1000"),
+        ("consistentHash: {useSourceIp: true, maglev: {tableSize: 131072}}",
+         ".consistentHash.maglev.tableSize must be a whole number from 251 to 131071, got 131072"),
+        ("simple: RANDOM, consistentHash: {useSourceIp: true}",
+         " has simple and consistentHash: give one of them"),
+    ],
+)  # fmt: skip
+def test_a_hash_that_cannot_be(field: str, fault: str) -> None:
+    (found,) = faults(policy(f"{{service: orders, mode: direct, loadBalancer: {{{field}}}}}"))
+    assert found.partition(": ")[2] == f"spec.loadBalancer{fault}"
+
+
+@pytest.mark.parametrize(
+    ("field", "fault"),
+    [
+        ("sessionAffinity: ClientIp", '.sessionAffinity must be one of None, ClientIP, got "ClientIp"'),
+        ("sessionAffinity: ClientIP, sessionAffinityTimeout: 0s",
+         '.sessionAffinityTimeout must be a duration above zero, got "0s"'),
+        ("sessionAffinity: ClientIP, sessionAffinityTimeout: 25h",
+         '.sessionAffinityTimeout must be a duration of at most 24h, got "25h"'),
+        ("sessionAffinityTimeout: 1h", ".sessionAffinityTimeout is of no use without sessionAffinity: ClientIP"),
+    ],
+)  # fmt: skip
+def test_an_affinity_that_cannot_be(field: str, fault: str) -> None:
+    (found,) = faults(policy(f"{{service: orders, mode: direct, loadBalancer: {{{field}}}}}"))
+    assert found.partition(": ")[2] == f"spec.loadBalancer{fault}"
+
+
+def test_an_affinity() -> None:
+    field = "loadBalancer: {simple: RANDOM, sessionAffinity: ClientIP, sessionAffinityTimeout: 90s}"
+    (found,) = parse([("f", policy(f"{{service: orders, mode: direct, {field}}}"))]).policies
+    assert found.load_balancer == LoadBalancer(
+        Balance.RANDOM, session_affinity=SessionAffinity.CLIENT_IP, session_affinity_timeout=90
+    )
+
+
+def test_a_hash_by_source() -> None:
+    field = "loadBalancer: {consistentHash: {useSourceIp: true, maglev: {tableSize: 65537}}}"
+    (found,) = parse([("f", policy(f"{{service: orders, mode: direct, {field}}}"))]).policies
+    assert found.load_balancer == LoadBalancer(consistent_hash=ConsistentHash(True, Maglev(65537)))
 
 
 def test_every_reserved_field_has_been_tried() -> None:

@@ -46,6 +46,15 @@ def found(*texts: str) -> list[str]:
          ["b:6:9: spec.mode proxy: no proxy carries UDP, and service dns has the UDP port names:"
           " leave mode out, or give that port a service of its own"]),
         ([service("dns", port="names, port: 53, protocol: udp"), policy("p", "dns", "mode: direct")], []),
+        # by client
+        ([service("a", port="http, port: 80, protocol: http"),
+          policy("p", "a", "loadBalancer: {consistentHash: {useSourceIp: true}}")],
+         ["b:6:17: spec.loadBalancer.consistentHash: the proxy has none yet, and it carries port http of service a:"
+          " set spec.mode to direct, or give that port a service of its own"]),
+        ([service("a", port="names, port: 53, protocol: udp"),
+          policy("p", "a", "loadBalancer: {consistentHash: {useSourceIp: true}}")], []),
+        ([service("a", port="http, port: 80, protocol: http"),
+          policy("p", "a", "mode: direct\n  loadBalancer: {consistentHash: {useSourceIp: true}}")], []),
         # addresses
         ([service("a", "addresses: [127.96.0.10]"),
           service("b", "addresses: [127.96.0.9, 127.96.0.10]", namespace="x")],
