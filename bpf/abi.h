@@ -27,6 +27,12 @@ enum pick {
 	PICK_HASH_OF_BOTH = 4,
 };
 
+enum limited {
+	LIMITED_NO = 0,
+	LIMITED_LATER = 1,
+	LIMITED_NOW = 2,
+};
+
 enum down {
 	DOWN_DIRECT = 1,
 	DOWN_REFUSE = 2,
@@ -90,6 +96,8 @@ enum reason {
 	REASON_DATAGRAMS_FULL = 39,
 	REASON_PLACE_TAKEN = 40,
 	REASON_AFFINITY_FULL = 41,
+	REASON_OVER_LIMIT = 42,
+	REASON_LIMIT_FULL = 43,
 };
 
 enum side {
@@ -127,8 +135,9 @@ struct policy_value {
 	u8 on_proxy_down;
 	u8 pad;
 	u32 affinity_ms;
+	u32 limit;
 };
-_Static_assert(sizeof(struct policy_value) == 16, "policy_value");
+_Static_assert(sizeof(struct policy_value) == 20, "policy_value");
 
 struct slot_key {
 	u32 service_id;
@@ -172,7 +181,7 @@ struct decision {
 	u8 carrier;
 	u8 counted;
 	u8 watched;
-	u8 pad;
+	u8 limited;
 };
 _Static_assert(sizeof(struct decision) == 44, "decision");
 

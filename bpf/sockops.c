@@ -9,6 +9,7 @@
 #include "lib/address.h"
 #include "lib/count.h"
 #include "lib/decided.h"
+#include "lib/limit.h"
 
 #define TCP_CLOSED 7
 
@@ -138,8 +139,12 @@ int sockops(struct bpf_sock_ops *ops)
 	decision = recent_find(cookie);
 	if (connecting) {
 		/* A place in `recent` has to be given back by connections that are refused, too. */
-		if (decision)
+		if (decision) {
 			watch(ops, decision);
+			/* A place that was left behind speaks of an earlier connect(). */
+			if (decision->limited == LIMITED_LATER && led(ops, decision))
+				count_limited(decision);
+		}
 		return 1;
 	}
 	if (!decision) {
@@ -150,12 +155,16 @@ int sockops(struct bpf_sock_ops *ops)
 	}
 	if (establishing) {
 		/* Attached to a cgroup and to one below it, we run twice. */
-		if (!decision->counted && led(ops, decision))
+		if (!decision->counted && led(ops, decision)) {
 			opened(ops, decision, origin);
+			/* Of a decision that is in the socket's storage, nobody looked before. */
+			count_limited(decision);
+		}
 		return 1;
 	}
 	if (decision->counted)
 		closed(ops, decision, origin);
+	discount_limited(decision);
 	if (origin)
 		decision->given_port =
 		    0; /* of a socket that is connected again, to whom we led it before, we know nothing */
