@@ -27,6 +27,12 @@ enum pick {
 	PICK_HASH_OF_BOTH = 4,
 };
 
+enum limited {
+	LIMITED_NO = 0,
+	LIMITED_LATER = 1,
+	LIMITED_NOW = 2,
+};
+
 enum down {
 	DOWN_DIRECT = 1,
 	DOWN_REFUSE = 2,
@@ -91,6 +97,8 @@ enum reason {
 	REASON_PLACE_TAKEN = 40,
 	REASON_MPTCP = 41,
 	REASON_AFFINITY_FULL = 42,
+	REASON_OVER_LIMIT = 43,
+	REASON_LIMIT_FULL = 44,
 };
 
 enum side {
@@ -128,8 +136,9 @@ struct policy_value {
 	u8 on_proxy_down;
 	u8 pad;
 	u32 affinity_ms;
+	u32 limit;
 };
-_Static_assert(sizeof(struct policy_value) == 16, "policy_value");
+_Static_assert(sizeof(struct policy_value) == 20, "policy_value");
 
 struct slot_key {
 	u32 service_id;
@@ -173,7 +182,7 @@ struct decision {
 	u8 carrier;
 	u8 counted;
 	u8 watched;
-	u8 pad;
+	u8 limited;
 };
 _Static_assert(sizeof(struct decision) == 44, "decision");
 

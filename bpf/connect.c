@@ -12,6 +12,7 @@
 #include "lib/address.h"
 #include "lib/count.h"
 #include "lib/decided.h"
+#include "lib/limit.h"
 
 #define STREAM 1
 #define DATAGRAM 2
@@ -277,6 +278,9 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 	} else if (policy->carrier == CARRIED_PROXY && policy->on_proxy_down == DOWN_REFUSE) {
 		count(PROGRAM_CONNECT, REASON_PROXY_DOWN_REFUSED);
 		refuse(to, ipv4, bound);
+	} else if (policy->limit && at_limit(service_id, policy->limit)) {
+		count(PROGRAM_CONNECT, REASON_OVER_LIMIT);
+		refuse(to, ipv4, bound);
 	} else if (choose_endpoint(ctx, PROGRAM_CONNECT, service_id, policy,
 				   ipv4_socket ? REACH_IPV4 : REACH_ANY, 0, to)) {
 		count(PROGRAM_CONNECT, REASON_DIRECT);
@@ -293,6 +297,7 @@ static __always_inline bool lead(struct bpf_sock_addr *ctx, struct service_key *
 		decision->service_id = service_id;
 		decision->carrier = to->carrier;
 		decision->counted = 0;
+		decision->limited = policy->limit && to->endpoint_id ? LIMITED_LATER : LIMITED_NO;
 		copy_address(decision->asked, key->address);
 		decision->asked_port = key->port;
 		copy_address(decision->given, to->address);

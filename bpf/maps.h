@@ -65,6 +65,8 @@ TABLE("hash", u64, struct connected, connected, SIZE_DATAGRAMS, BPF_F_NO_PREALLO
 TABLE("lru_hash", struct talk_key, struct talk, talks, SIZE_DATAGRAMS, 0);
 /* UDP socket and endpoint -> the service address it asked for. Writer: sendmsg, and nobody else. */
 TABLE("lru_hash", struct talk_key, struct asked, answers, SIZE_DATAGRAMS, 0);
+/* service id -> connections open now, of services with a limit. Writers: connect, sockops; loader removes. */
+TABLE("hash", u32, u64, limits, SIZE_POLICIES, BPF_F_NO_PREALLOC);
 /* client and service -> the endpoint it had last. Writer: connect, sendmsg. */
 TABLE("lru_hash", struct affinity_key, struct affinity, affinities, SIZE_AFFINITIES, 0);
 

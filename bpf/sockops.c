@@ -9,6 +9,7 @@
 #include "lib/address.h"
 #include "lib/count.h"
 #include "lib/decided.h"
+#include "lib/limit.h"
 
 #define TCP_CLOSED 7
 
@@ -172,8 +173,12 @@ int sockops(struct bpf_sock_ops *ops)
 	decision = recent_find(cookie);
 	if (connecting) {
 		/* A place in `recent` has to be given back by connections that are refused, too. */
-		if (decision)
+		if (decision) {
 			watch(ops, decision);
+			/* A place that was left behind speaks of an earlier connect(). */
+			if (decision->limited == LIMITED_LATER && led(ops, decision))
+				count_limited(decision);
+		}
 		return 1;
 	}
 	if (!decision) {
@@ -186,6 +191,8 @@ int sockops(struct bpf_sock_ops *ops)
 		/* Attached to a cgroup and to one below it, we run twice. */
 		if (!decision->counted && led(ops, decision)) {
 			opened(ops, decision, origin);
+			/* Of a decision that is in the socket's storage, nobody looked before. */
+			count_limited(decision);
 #if MPTCP
 			tell_mptcp(sk, decision);
 #endif
@@ -194,6 +201,7 @@ int sockops(struct bpf_sock_ops *ops)
 	}
 	if (decision->counted)
 		closed(ops, decision, origin);
+	discount_limited(decision);
 	if (origin) {
 		/* When it is connected again, past us, to whom we led it before, that is no decision of ours. */
 		decision->given_port = 0;

@@ -39,6 +39,14 @@ class Pick(IntEnum):
     HASH_OF_BOTH = 4  # three, for IPv4 endpoints, for IPv6 ones and for all, each of `slots4` slots
 
 
+class Limited(IntEnum):
+    """Whether a connection counts towards its service's limit: not at all, once it begins, or now."""
+
+    NO = 0
+    LATER = 1
+    NOW = 2
+
+
 class Down(IntEnum):
     """What happens to governed connections while the proxy is not there (`onProxyDown`)."""
 
@@ -95,7 +103,8 @@ class ServiceValue(ct.Structure):
 class PolicyValue(ct.Structure):
     """How the connect hook treats a service. `slots` is how many slots may be picked from; the first `slots4` of them
     are IPv4 endpoints, all that an IPv4 socket can reach (see `Pick` for hashed ones). `affinity_ms`: how long after
-    its last connection a client still gets the same endpoint; 0: nobody notes whom it got.
+    its last connection a client still gets the same endpoint; 0: nobody notes whom it got. `limit`: how many
+    connections may be open at once; 0: any number.
     """
 
     _fields_ = [
@@ -106,6 +115,7 @@ class PolicyValue(ct.Structure):
         ("on_proxy_down", u8),
         ("pad", u8),
         ("affinity_ms", u32),
+        ("limit", u32),
     ]
 
 
@@ -157,7 +167,7 @@ class Decision(ct.Structure):
         ("carrier", u8),
         ("counted", u8),
         ("watched", u8),
-        ("pad", u8),
+        ("limited", u8),
     ]
 
 
@@ -355,7 +365,7 @@ STRUCTS: tuple[type[ct.Structure], ...] = (
     Origin, FlowKey, FlowValue, ConnectionCount, Event, ServingKey, Connected, TalkKey, Talk, Asked, Client,
     AffinityKey, Affinity, MemberKey, Member, Pair, Command,
 )  # fmt: skip
-ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Down, Serving, Program, Reason, Side, Op)
+ENUMS: tuple[type[IntEnum], ...] = (Carried, Pick, Limited, Down, Serving, Program, Reason, Side, Op)
 CONSTANTS = {
     "COUNTERS": COUNTERS,
     "REASON_STRIDE": REASON_STRIDE,

@@ -34,7 +34,7 @@ TCP = 6
 # Layouts of abi.py that are packed by the hundred thousand; a unit test holds them against it.
 ENDPOINT = struct.Struct(">16sHBB")  # EndpointValue, and ServiceKey with a protocol instead of the flag
 SLOT = struct.Struct("<II")  # SlotKey
-POLICY = struct.Struct("<IIBBBBI")  # PolicyValue
+POLICY = struct.Struct("<IIBBBBII")  # PolicyValue
 Table = dict[bytes, bytes]
 TABLES = ("services", "policies", "slots", "serving", "endpoints")
 KEEPS, TAKES = (number.to_bytes(4, "little") for number in abi.Serving)
@@ -142,6 +142,13 @@ class PortRows:
     policy: bytes
 
 
+def _limit(port: Port, policy: ServicePolicy) -> int:
+    """How many connections connect lets be open at once; 0: it does not count. The proxy counts its own."""
+    tcp = policy.connection_pool.tcp
+    direct = port.protocol is not Protocol.UDP and choose(port, policy).carrier is Carrier.DIRECT
+    return tcp.max_connections if direct and tcp.limits_direct else 0
+
+
 def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int, ids: EndpointIds) -> PortRows:
     endpoints: list[tuple[bytes, bytes]] = []
     serving: list[tuple[bytes, bytes]] = []
@@ -171,6 +178,7 @@ def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int
         abi.Down.REFUSE if policy.on_proxy_down is OnProxyDown.REFUSE else abi.Down.DIRECT,
         0,
         round(1000 * policy.load_balancer.session_affinity_timeout) if affinity else 0,
+        _limit(port, policy),
     )
     return PortRows(endpoints, serving, slots, held)
 

@@ -22,7 +22,7 @@ from meshbpf.reason import Reason
 # table → key size, value size, per CPU
 SHAPES: dict[str, tuple[int, int, bool]] = {
     "services": (20, 4, False),
-    "policies": (4, 16, False),
+    "policies": (4, 20, False),
     "slots": (8, 4, False),
     "endpoints": (4, 20, False),
     "rounds": (4, 8, False),
@@ -35,6 +35,7 @@ SHAPES: dict[str, tuple[int, int, bool]] = {
     "connected": (8, 40, False),
     "talks": (32, 40, False),
     "answers": (32, 20, False),
+    "limits": (4, 8, False),
     "affinities": (32, 16, False),
     "counters": (4, 8, True),
 }
@@ -102,7 +103,7 @@ class Dataplane:
             self.maps[name].update_many([(key, zero) for key in keys if key not in there])  # the others go on counting
 
     def _drop_rows(self, planned: Plan) -> None:
-        for name in ("rounds", "connections"):
+        for name in ("rounds", "connections", "limits"):
             keys = list(self.maps[name].keys())
             self.maps[name].delete_many([k for k in keys if int.from_bytes(k, "little") not in planned.service_ids])
 

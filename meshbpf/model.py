@@ -141,6 +141,7 @@ class TcpPool:
     max_connections: int = 1024  # Envoy
     connect_timeout: float = 5.0  # Envoy
     idle_timeout: float = 3600.0  # Envoy's TCP proxy
+    limits_direct: bool = False  # `max_connections` was written down: else direct ports have no limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,8 @@ class Reason(IntEnum):
     PLACE_TAKEN = 40
     MPTCP = 41
     AFFINITY_FULL = 42
+    OVER_LIMIT = 43
+    LIMIT_FULL = 44
     # proxy
     NO_ORIGIN = 64
     NO_SERVICE = 65
@@ -138,6 +140,8 @@ TEXT: dict[Reason, str] = {
     Reason.ANSWERED: "a datagram of an endpoint, shown as one of the service",
     Reason.DATAGRAMS_FULL: "a UDP socket could not be noted: it keeps its endpoint, whatever becomes of that",
     Reason.AFFINITY_FULL: "a client's endpoint could not be noted: its next connection may get another one",
+    Reason.OVER_LIMIT: "refused: connectionPool.tcp.maxConnections connections to the service are open",
+    Reason.LIMIT_FULL: "the service's open connections could not be counted: let through in spite of maxConnections",
     Reason.NO_STAGE: "a send by TCP: no redirect program is loaded",
     Reason.NO_ORIGIN: "a connection that no connect hook led here (port dialled directly): closed",
     Reason.NO_SERVICE: "the address dialled belongs to no service of the current mesh",

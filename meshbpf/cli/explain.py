@@ -122,6 +122,9 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
     if policy.load_balancer.session_affinity is SessionAffinity.CLIENT_IP:
         timeout = durations.render(policy.load_balancer.session_affinity_timeout)
         steps.append(("affinity", f"ClientIP: the endpoint it had last, until {timeout} pass without a call; {CLIENT}"))
+    if held is not None and (limit := _policy(plane, held).limit):
+        open_now = int.from_bytes(plane.maps["limits"].lookup(held) or b"", "little")
+        steps.append(("limit", f"maxConnections {limit}: {open_now} open now, one more than that is refused"))
     if port.protocol is Protocol.UDP:
         steps.append(("conversation", CONVERSATION))
     steps += _endpoints(plane, service, port, held, _shared(port, policy))
@@ -146,10 +149,14 @@ def _shared(port: Port, policy: ServicePolicy) -> str:
     return "new sockets" if port.protocol is Protocol.UDP else "new connections"
 
 
+def _policy(plane: Dataplane, held: bytes) -> abi.PolicyValue:
+    raw = plane.maps["policies"].lookup(held)
+    return abi.PolicyValue.from_buffer_copy(raw) if raw else abi.PolicyValue()
+
+
 def _slots(plane: Dataplane, held: bytes) -> range:
     """Those that a socket which can reach every endpoint is led by."""
-    raw = plane.maps["policies"].lookup(held)
-    policy = abi.PolicyValue.from_buffer_copy(raw) if raw else abi.PolicyValue()
+    policy = _policy(plane, held)
     return range(2 * policy.slots4 if policy.pick == abi.Pick.HASH_OF_BOTH else 0, policy.slots)
 
 

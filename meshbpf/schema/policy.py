@@ -102,6 +102,7 @@ def _connection_pool(fields: Fields) -> ConnectionPool:
     return ConnectionPool(
         tcp=TcpPool(
             max_connections=tcp.whole("maxConnections", default.tcp.max_connections, 1, _LARGEST_COUNT),
+            limits_direct=tcp.has("maxConnections"),
             connect_timeout=tcp.duration("connectTimeout", default.tcp.connect_timeout, positive=True),
             idle_timeout=tcp.duration("idleTimeout", default.tcp.idle_timeout),
         ),

@@ -24,7 +24,7 @@ from meshbpf.model import (
     Mode,
     SessionAffinity,
 )
-from tests.support.ground import SECONDS, SIZES, Ground, Listener, inside, mesh, reached, service
+from tests.support.ground import SECONDS, SIZES, Ground, Listener, join, mesh, reached, service
 
 ADDRESS = "127.96.9.1"
 MOST = 30_000  # connections of one caller
@@ -64,10 +64,10 @@ class Callers:
     def __init__(self, ground: Ground) -> None:
         self._progress, progress = os.pipe()
         stop, self._stop = os.pipe()
-        with inside(ground.cgroup):
-            self._pid = os.fork()
+        self._pid = os.fork()
         if self._pid == 0:
             with contextlib.suppress(BaseException):
+                join(ground.cgroup)
                 os.close(self._stop)
                 _call(stop, progress)
             os._exit(0)

@@ -26,6 +26,7 @@ class FakePlane:
     def __init__(self, mesh: Mesh) -> None:
         self.tables = plan(mesh, Tables()).tables
         self.maps = {name: FakeMap(getattr(self.tables, name)) for name in TABLES}
+        self.maps["limits"] = FakeMap({})
         self.counted: dict[int, tuple[int, int, int, int]] = {}
 
     def connections(self) -> dict[int, tuple[int, int, int, int]]:

@@ -59,6 +59,7 @@ def test_every_pad_is_last_or_between_and_starts_as_zero() -> None:
         ("flows", abi.FlowKey, abi.FlowValue),
         ("connections", abi.u32, abi.ConnectionCount),
         ("affinities", abi.AffinityKey, abi.Affinity),
+        ("limits", abi.u32, abi.u64),
         ("counters", abi.u32, abi.u64),
     ],
 )

@@ -50,13 +50,14 @@ def fields(path: str, value: Any, leave: tuple[str, ...] = ()) -> Iterator[tuple
         if field.name in leave:
             continue
         if dataclasses.is_dataclass(inner):
-            yield from fields(f"{path}.{key(field.name)}", inner)
+            yield from fields(f"{path}.{key(field.name)}", inner, CONCLUDED)
         else:
             yield f"{path}.{key(field.name)}", shown(field.name, inner)
 
 
 METADATA = {"metadata.name": REQUIRED, "metadata.namespace": "`default`", "metadata.labels": NONE}
 OURS = ("name", "namespace", "labels", "source", "state")
+CONCLUDED = ("limits_direct",)  # from what else is given
 EXPECTED: Mapping[str, Mapping[str, str]] = {
     "Agent": {
         **dict(fields("spec", Agent())),

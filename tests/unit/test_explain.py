@@ -10,6 +10,7 @@ from meshbpf.cli.explain import explain, targets, verdicts
 from meshbpf.errors import NotFound
 from meshbpf.model import (
     Balance,
+    ConnectionPool,
     ConsistentHash,
     Endpoint,
     EndpointState,
@@ -23,6 +24,7 @@ from meshbpf.model import (
     Service,
     ServicePolicy,
     SessionAffinity,
+    TcpPool,
 )
 from tests.support.plane import attached
 
@@ -82,6 +84,16 @@ def test_a_hashed_port_has_shares_of_the_table_for_all() -> None:
         "127.0.0.1:1, 50.2% of clients",
         "fd00::1:1, 49.8% of clients",
     ]
+
+
+def test_a_limit_and_how_near_it_is() -> None:
+    pool = ConnectionPool(tcp=TcpPool(max_connections=7, limits_direct=True))
+    ported = replace(ORDERS, ports=(ORDERS.ports[1],))
+    mesh = Mesh(services=(ported,), policies={ported.id: ServicePolicy(connection_pool=pool)})
+    fake, plane = attached(mesh)
+    fake.maps["limits"].rows[(1).to_bytes(4, "little")] = (3).to_bytes(8, "little")
+    said = dict(explain(plane, mesh, "orders"))
+    assert said["limit"] == "maxConnections 7: 3 open now, one more than that is refused"
 
 
 def test_a_client_s_endpoint() -> None:

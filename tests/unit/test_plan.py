@@ -16,6 +16,7 @@ from meshbpf.errors import MapFull
 from meshbpf.model import (
     Agent,
     Balance,
+    ConnectionPool,
     Endpoint,
     EndpointState,
     LoadBalancer,
@@ -27,6 +28,7 @@ from meshbpf.model import (
     Protocol,
     Service,
     ServicePolicy,
+    TcpPool,
 )
 from tests.support.meshes import do, meshes
 
@@ -216,3 +218,11 @@ def test_room_is_for_old_and_new_rows_together() -> None:
     plan(with_hosts("127.0.0.1", "127.0.0.3"), have)
     with pytest.raises(MapFull, match="endpoints"):
         plan(with_hosts("127.0.0.3", "127.0.0.4"), have)
+
+
+def test_only_a_limit_that_was_written_down_is_the_kernel_s_and_only_of_direct_tcp() -> None:
+    orders = Service("orders", addresses=("127.96.0.1",), ports=(HTTP, TCP, UDP))
+    for written, expected in ((False, [0, 0, 0]), (True, [0, 7, 0])):
+        pool = ConnectionPool(tcp=TcpPool(max_connections=7, limits_direct=written))
+        held = policies_of(plan(mesh(orders, connection_pool=pool), Tables()).tables)
+        assert [held[service_id].limit for service_id in (1, 2, 3)] == expected

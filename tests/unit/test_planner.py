@@ -117,4 +117,4 @@ def test_what_is_packed_by_hand_has_the_layouts_of_the_abi() -> None:
         assert service_key(address, 80, Protocol.TCP) == bytes(abi.ServiceKey(abi.pack_address(address), 80, 6))
     assert SLOT.pack(7, 9) == bytes(abi.SlotKey(7, 9))
     assert (7).to_bytes(4, "little") + (9).to_bytes(4, "little") == bytes(abi.ServingKey(7, 9))
-    assert POLICY.pack(5, 4, 1, 2, 1, 0, 9) == bytes(abi.PolicyValue(5, 4, 1, 2, 1, 0, 9))
+    assert POLICY.pack(5, 4, 1, 2, 1, 0, 9, 8) == bytes(abi.PolicyValue(5, 4, 1, 2, 1, 0, 9, 8))

@@ -132,7 +132,14 @@ def test_the_example_of_the_contract_is_the_model_with_its_defaults() -> None:
         "orders", "default", {"team": "shop"}, ("127.96.0.10",), ports, (endpoint,), source="mesh.yaml:16:18"
     )
     assert parsed.services == (orders,)
-    assert parsed.policies == (ServicePolicy("orders", service="orders", source="mesh.yaml:26:18"),)
+    assert parsed.policies == (
+        ServicePolicy(
+            "orders",
+            service="orders",
+            connection_pool=ConnectionPool(TcpPool(limits_direct=True)),
+            source="mesh.yaml:26:18",
+        ),
+    )
 
 
 @pytest.mark.parametrize("text", ["", "---\n---\n", "# nothing\n"])
@@ -193,7 +200,7 @@ def test_every_field_reaches_the_model() -> None:
             acceleration=Acceleration.KERNEL,
             on_proxy_down=OnProxyDown.REFUSE,
             load_balancer=LoadBalancer(Balance.RANDOM),
-            connection_pool=ConnectionPool(TcpPool(1, 2.0, 3.0), HttpPool(0, 5, 6.0)),
+            connection_pool=ConnectionPool(TcpPool(1, 2.0, 3.0, limits_direct=True), HttpPool(0, 5, 6.0)),
             timeouts=Timeouts(7.0, 0.0, 8.0),
             access_log=AccessLogPolicy(0.5, 9.0),
             source="b.yaml:8:18",
