@@ -185,6 +185,8 @@ REMEDY: dict[Reason, str] = {
     Reason.UNANSWERED: "many: an endpoint is down. meshbpf endpoints SERVICE, and ask each one itself",
     Reason.DATAGRAMS_FULL: "raise Agent.spec.maps.datagrams",
     Reason.AFFINITY_FULL: "look at the machine's memory",
+    Reason.OVER_LIMIT: "meshbpf services shows how many are open; raise the limit, or look why they stay open",
+    Reason.LIMIT_FULL: "raise Agent.spec.maps.policies",
     Reason.PROXY_ABSENT: "meshbpf run",
     Reason.SOCKET_TAKEN: "meshbpf check, foreign-sk-msg",
     Reason.NO_ORIGIN: "call the service's address",

@@ -72,6 +72,7 @@ CATALOGUE: Mapping[str, About] = {
     "connected": About("socket cookie", "a connected UDP socket and its endpoint", "connect, release", "agent, CLI"),
     "talks": About("UDP socket, service address", "its endpoint", "sendmsg, recvmsg", "the same"),
     "answers": About("UDP socket, endpoint", "the service address it asked for", "sendmsg", "recvmsg"),
+    "limits": About("service id", "connections open now, where there is a limit", "connect, sockops", "connect"),
     "affinities": About("client, service id", "the endpoint it had last, and when", "connect, sendmsg", "the same"),
     "socks": About("pair, side", "socket (sockhash)", "command", "redirect"),
     "members": About("socket storage", "the pair a socket is in, and what it sent", "command, redirect", "redirect"),
