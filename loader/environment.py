@@ -109,7 +109,7 @@ def check_cgroup(path: Path, allow_root: bool = False) -> Path:
     if not resolved.is_dir():
         raise EnvironmentLack(
             f"cgroup {path} does not exist",
-            f"mkdir {path}, or name a systemd slice: {top}/system.slice/NAME.service",
+            f"mkdir {path}, or name a systemd slice, such as {top}/system.slice",
         )
     if not any(map(resolved.is_relative_to, tops)) or not (resolved / "cgroup.procs").exists():
         raise EnvironmentLack(f"{path} is not a cgroup2 directory", f"choose one below {top}")

@@ -133,6 +133,11 @@ class Dataplane:
 
     # --- reading ---------------------------------------------------------------------------------------------
 
+    def proxy_serves(self, now_ns: int) -> bool:
+        """Whether connect takes a proxy for alive now (CLOCK_MONOTONIC), which may have outlived its agent."""
+        beat = int.from_bytes(self.maps["heartbeat"].lookup(bytes(4)) or b"", "little")
+        return bool(self._agent_state().proxy_port) and beat > 0 and now_ns - beat < abi.HEARTBEAT_MAX_NS
+
     def read_tables(self) -> Tables:
         return Tables(**{name: dict(self.maps[name].items()) for name in TABLES})
 

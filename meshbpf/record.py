@@ -10,7 +10,7 @@ from __future__ import annotations
 class Record:
     """Times: `start_time` is UNIX seconds, durations are milliseconds; bytes count bodies, not heads.
 
-    `endpoint_outcome` is for metrics only: ok, connect_failed, connect_timeout, reset, protocol_error or None.
+    `endpoint_outcome` is for metrics only: ok, a reason that speaks of the endpoint, or None.
     """
 
     __slots__ = (

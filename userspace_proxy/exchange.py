@@ -344,9 +344,8 @@ class Exchange:
             return
         self._leave_queue()
         record = self.record
-        outcome = OUTCOMES.get(reason)
-        if outcome is not None:
-            record.endpoint_outcome = outcome
+        if reason in OUTCOMES:
+            record.endpoint_outcome = reason.word
         record.reason = reason.word
         upstream = self.upstream
         if upstream is not None:

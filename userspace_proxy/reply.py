@@ -80,14 +80,13 @@ REPLIES: dict[Reason, Reply] = {
 }
 LINE_TOO_LONG = Reply(Reason.HEAD_TOO_LARGE, 414, "DPE", "request_line_too_long", "request line too long")
 
-# What became of the endpoint, for the metrics: only verdicts that say something about it.
-OUTCOMES = {
-    Reason.CONNECT_FAILED: "connect_failed",
-    Reason.CONNECT_TIMEOUT: "connect_timeout",
-    Reason.UPSTREAM_RESET: "reset",
-    Reason.UPSTREAM_CLOSED_EARLY: "reset",
-    Reason.UPSTREAM_PROTOCOL_ERROR: "protocol_error",
-}
+# Verdicts that say something about the endpoint, if one was chosen: what the metrics count of it.
+OUTCOMES = frozenset(
+    (
+        Reason.CONNECT_FAILED, Reason.CONNECT_TIMEOUT, Reason.UPSTREAM_RESET, Reason.UPSTREAM_CLOSED_EARLY,
+        Reason.UPSTREAM_PROTOCOL_ERROR, Reason.REQUEST_TIMEOUT,
+    )
+)  # fmt: skip
 # When the answer has begun there is no reply any more; the log still says why it broke off.
 BROKEN_FLAGS = {
     Reason.UPSTREAM_CLOSED_EARLY: "UC",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meshbpf.reason import Reason
-from userspace_proxy.reply import OUTCOMES
 
 if TYPE_CHECKING:
     from userspace_proxy.exchange import Exchange
@@ -41,5 +40,5 @@ def _acquire(exchange: Exchange, reason: Reason) -> None:
     assert route is not None and target is not None
     exchange.detach()
     exchange.avoid = target
-    exchange.down.proxy.attempt(route.service, target.label, OUTCOMES[reason])
+    exchange.down.proxy.attempt(route.service, target.label, reason.word)
     route.pool.acquire(exchange)

@@ -303,7 +303,7 @@ class Relay:
                 # Resetting what is no TLS, an endpoint does right: the caller's fault is the reason.
                 sound = self._nameless in (None, Reason.SNI_MISSING)
                 self._tell(Reason.UPSTREAM_RESET if sound else self._nameless, "UC")
-                self._record.endpoint_outcome = "reset"
+                self._record.endpoint_outcome = Reason.UPSTREAM_RESET.word
             else:
                 self._tell(Reason.DOWNSTREAM_CLOSED, "DC")
         other = side.other

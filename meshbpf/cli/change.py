@@ -72,7 +72,7 @@ def run(
     config: Config = None,
     instance: InstanceName = "default",
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, max=64, help="proxy processes (default: as configured)")
+        int | None, typer.Option("--workers", min=1, max=256, help="proxy processes (default: as configured)")
     ] = None,
     allow_root_cgroup: AllowRoot = False,
     log_level: LogLevel = "info",
@@ -148,4 +148,4 @@ def detach(
             typer.echo(f"removed {line}")
         elif line == tables[0]:
             typer.echo(f"removed {counted(len(tables), 'map')}")
-    typer.echo(f"detached {instance}: connections that are open stay, the cgroups too")
+    typer.echo(f"detached {instance}: direct connections stay open, what the proxy carried has ended")

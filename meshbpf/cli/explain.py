@@ -117,7 +117,7 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
     steps.append(("carrier", f"{choice.carrier}: {choice.why}"))
     if choice.carrier is Carrier.PROXY:
         fallback = "led to an endpoint, ungoverned" if policy.on_proxy_down is OnProxyDown.DIRECT else "refused"
-        steps.append(("proxy down", f"onProxyDown {policy.on_proxy_down}: {fallback}"))
+        steps.append(("without proxy", f"onProxyDown {policy.on_proxy_down}: while no proxy serves, {fallback}"))
     steps.append(("balance", _balance(policy, choice.carrier)))
     if policy.load_balancer.session_affinity is SessionAffinity.CLIENT_IP:
         timeout = durations.render(policy.load_balancer.session_affinity_timeout)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -103,6 +104,7 @@ class InstanceFacts:
     agent: Mapping[str, Any] | None = None
     agent_error: str = ""
     refused: int = 0  # of the governed ports, those that no call gets through without a proxy
+    proxy_serves: bool = False  # also without its agent: workers outlive it
 
 
 def machine() -> MachineFacts:
@@ -222,6 +224,7 @@ def instance(name: str) -> InstanceFacts:
         fills = tuple(
             (table, len(list(plane.maps[table].keys())), int(getattr(mesh.agent.maps, table))) for table in TABLES
         )
+        serves = plane.proxy_serves(time.monotonic_ns())
     finally:
         plane.close()
     down = [
@@ -247,6 +250,7 @@ def instance(name: str) -> InstanceFacts:
         fills=fills,
         agent=agent,
         agent_error=trouble,
+        proxy_serves=serves,
     )
 
 

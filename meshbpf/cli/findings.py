@@ -194,6 +194,9 @@ def _agent(facts: InstanceFacts) -> list[Finding]:
         if not facts.governed:
             return [Finding("agent", Result.OK, "not running, and not needed: every port is direct")]
         remedy = f"meshbpf run --cgroup PATH -c FILE{_named(facts)}"
+        if facts.proxy_serves:
+            detail = "not running: its workers still serve, but follow no registry and no file any more"
+            return [Finding("agent", Result.WARNING, detail, remedy)]
         if facts.refused:
             detail = (
                 f"not running: calls to {counted(facts.refused, 'governed port')} are refused (onProxyDown: refuse)"

@@ -61,6 +61,7 @@ def gathered(instance: Instance, plane: Dataplane, mesh: Mesh, agent: Mapping[st
         "carriers": ports,
         "open": still,
         "agent": {key: said[key] for key in OF_AGENT} if agent else None,
+        "proxy_serves": plane.proxy_serves(time.monotonic_ns()),
         "sources": said.get("sources", []),
         "error": said.get("error", ""),
         "maps": [{"map": name, "entries": entries, "capacity": room} for name, entries, room in fills],
@@ -117,7 +118,10 @@ def _facts(whole: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "ACCELERATION", agent["acceleration"]
     else:
         governed = sum(ports for name, ports in whole["carriers"].items() if name != Carrier.DIRECT)
-        follow = f"{counted(governed, 'governed port')} {'follows' if governed == 1 else 'follow'} onProxyDown"
+        one = governed == 1
+        orphans = f"{counted(governed, 'governed port')} {'is' if one else 'are'} still served by its workers"
+        without = f"{counted(governed, 'governed port')} {'follows' if one else 'follow'} onProxyDown"
+        follow = orphans if whole["proxy_serves"] else without
         yield "AGENT", f"not running: {follow}" if governed else "not running, and not needed: every port is direct"
     for source in whole["sources"]:
         stale = f", no good answer for {age(source['stale_seconds'])}" if source["stale_seconds"] else ""

@@ -140,7 +140,7 @@ async def test_the_endpoint_dies_before_the_head_is_complete(bed: Bed, start: by
     assert (status, body) == (503, BEFORE + b"connection termination")
     assert b"x-meshbpf-reason: upstream_reset\r\n" in head
     record = await bed.record()
-    assert (record.response_flags, record.attempts, record.endpoint_outcome) == ("UC", 1, "reset")
+    assert (record.response_flags, record.attempts, record.endpoint_outcome) == ("UC", 1, "upstream_reset")
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -168,7 +168,7 @@ async def test_the_endpoint_dies_in_its_answer(bed: Bed, start: bytes, hard: boo
         await caller.rest()
     record = await bed.record()
     assert (record.response_code, record.response_flags, record.reason) == (200, "UC", "upstream_closed_early")
-    assert record.endpoint_outcome == "reset"
+    assert record.endpoint_outcome == "upstream_closed_early"
 
 
 async def test_a_reset_does_not_end_an_answer_that_ends_by_close(bed: Bed) -> None:
@@ -201,7 +201,9 @@ async def test_a_pooled_connection_that_is_dead_is_replaced_unnoticed(bed: Bed, 
         assert (await caller.ask(request))[0] == 200
     assert len(endpoint.peers) == 2
     assert [(await bed.record()).attempts for _ in range(2)] == [1, 2]
-    assert ["orders", f"127.0.0.1:{endpoint.port}", "reset", 1] in bed.stats.snapshot(0.0)["upstream_requests_total"]
+    assert ["orders", f"127.0.0.1:{endpoint.port}", "upstream_reset", 1] in bed.stats.snapshot(0.0)[
+        "upstream_requests_total"
+    ]
 
 
 async def test_a_small_body_is_sent_again(bed: Bed) -> None:
@@ -305,6 +307,7 @@ async def test_request_timeout_before_the_answer(bed: Bed) -> None:
     assert (status, body) == (504, b"upstream request timeout") and b"x-meshbpf-reason: request_timeout\r\n" in head
     record = await bed.record()
     assert record.response_flags == "UT" and 100 <= record.duration_ms < 1000
+    assert record.endpoint_outcome == "request_timeout"
     assert bed.route.pool.open == 0
 
 

@@ -218,7 +218,7 @@ async def test_a_reset_of_the_endpoint_reaches_the_caller(harness: Harness) -> N
     with pytest.raises(ConnectionResetError):
         await harness.read(client)
     record = await harness.ended()
-    assert (record.reason, record.response_flags, record.endpoint_outcome) == ("upstream_reset", "UC", "reset")
+    assert (record.reason, record.response_flags, record.endpoint_outcome) == ("upstream_reset", "UC", "upstream_reset")
 
 
 @pytest.mark.parametrize("towards", ["server", "client"])

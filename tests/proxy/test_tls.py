@@ -241,7 +241,7 @@ async def test_an_endpoint_that_resets(bed: Bed, said: bytes, name: str | None, 
         await caller.rest()
     record = await bed.record()
     assert told(record) == (name, reason, "UC")
-    assert record.endpoint_outcome == "reset"
+    assert record.endpoint_outcome == "upstream_reset"
 
 
 async def test_a_hello_and_much_more_waits_in_bounded_memory(bed: Bed) -> None:

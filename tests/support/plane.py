@@ -29,6 +29,9 @@ class FakePlane:
         self.maps["limits"] = FakeMap({})
         self.counted: dict[int, tuple[int, int, int, int]] = {}
 
+    def proxy_serves(self, now_ns: int) -> bool:
+        return False
+
     def connections(self) -> dict[int, tuple[int, int, int, int]]:
         return self.counted
 

@@ -70,6 +70,7 @@ def test_each_lack_of_a_machine_is_named_with_its_remedy(changes: dict[str, Any]
         ({"fills": (("slots", 80, 100),)}, "map-fill", Result.WARNING),
         ({"agent": None}, "agent", Result.WARNING),
         ({"agent": None, "refused": 1}, "agent", Result.ERROR),
+        ({"agent": None, "refused": 1, "proxy_serves": True}, "agent", Result.WARNING),
         ({"agent": None, "agent_error": "no answer"}, "agent", Result.ERROR),
         ({"agent": {**AGENT, "ready": 0}}, "proxy-ready", Result.ERROR),
         ({"agent": {**AGENT, "error": "map slots is full"}}, "mesh-applied", Result.ERROR),

@@ -58,7 +58,7 @@ def test_a_governed_port_step_by_step() -> None:
         ("address", "fd00::10:80, known to the kernel"),
         ("policy", "defaults, no ServicePolicy names it"),
         ("carrier", "proxy: protocol_http"),
-        ("proxy down", "onProxyDown direct: led to an endpoint, ungoverned"),
+        ("without proxy", "onProxyDown direct: while no proxy serves, led to an endpoint, ungoverned"),
         ("balance", "LEAST_REQUEST, by weight"),
         ("endpoint", "127.0.0.1:8081, 66.7% of new connections"),
         ("endpoint", "127.0.0.2:8081, 33.3% of new connections"),
@@ -71,7 +71,7 @@ def test_a_direct_port_says_what_becomes_of_least_request() -> None:
     assert ("carrier", "direct: protocol_tcp") in steps
     assert any(step == "balance" and says.startswith("ROUND_ROBIN by weight: in direct") for step, says in steps)
     assert ("endpoint", "127.0.0.2: has no port db, never picked") in steps
-    assert "proxy down" not in dict(steps)
+    assert "without proxy" not in dict(steps)
 
 
 def test_a_hashed_port_has_shares_of_the_table_for_all() -> None:
@@ -107,7 +107,7 @@ def test_a_client_s_endpoint() -> None:
 def test_no_endpoint_and_a_policy() -> None:
     steps = dict(said("users.shop"))
     assert steps["policy"] == "policy strict, from mesh.yaml:9:1"
-    assert steps["proxy down"] == "onProxyDown refuse: refused"
+    assert steps["without proxy"] == "onProxyDown refuse: while no proxy serves, refused"
     assert steps["balance"] == "RANDOM"
     assert steps["verdict"].startswith("no_endpoint: ")
 

@@ -60,6 +60,7 @@ WELL: dict[str, Any] = {
         "pid": 4711, "ready": 4, "workers": 4, "restarts": 1, "namespaces": 23,
         "acceleration": "redirect (the self-test has proven this kernel)",
     },
+    "proxy_serves": True,
     "sources": [
         {"name": "files", "services": 12, "age_seconds": 7385.2, "stale_seconds": 0.0, "error": ""},
         {"name": "registry", "services": 194, "age_seconds": 2.4, "stale_seconds": 0.0, "error": ""},
@@ -80,7 +81,13 @@ ILL: dict[str, Any] = {
     "maps": FILLS,
     "warnings": status.warnings([("slots", 218_000, 262_144)]),
 }
-DOWN: dict[str, Any] = {**WELL, "agent": None, "sources": [], "open": {"proxy": 0, "direct": 1941}}
+DOWN: dict[str, Any] = {
+    **WELL,
+    "agent": None,
+    "proxy_serves": False,
+    "sources": [],
+    "open": {"proxy": 0, "direct": 1941},
+}
 MACHINE = MachineFacts(
     release="6.1.0-18-amd64", btf=True, cgroup2="/sys/fs/cgroup", bpffs=True, missing_capabilities=(),
     netns_cookies=True, bcc="", libbpf="", bpftool="7.1.0", neighbours=Neighbours(elsewhere=14),

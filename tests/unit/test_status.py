@@ -68,3 +68,17 @@ def test_the_default_tables_hold_ten_thousand_services_of_ten_endpoints() -> Non
     sizes = MapSizes()
     held = {"services": 10_000, "policies": 10_000, "slots": 100_000, "endpoints": 100_000}
     assert status.warnings((name, n, getattr(sizes, name)) for name, n in held.items()) == []
+
+
+@pytest.mark.parametrize(("serves", "says"), [(True, "are still served by its workers"), (False, "follow onProxyDown")])
+def test_workers_that_outlived_their_agent(
+    serves: bool, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("loader.instance.RUN", tmp_path)
+    instance = Instance("unit")
+    instance.write_state({"cgroups": []})
+    fake, plane = attached(MESH)
+    fake.maps |= {"connected": FakeMap({}), "flows": FakeMap({})}
+    whole = status.gathered(instance, plane, MESH, None)
+    text = status.text({**whole, "carriers": {"proxy": 2}, "proxy_serves": serves}, Screen())
+    assert f"AGENT     not running: 2 governed ports {says}" in text.splitlines()
