@@ -22,7 +22,6 @@ from loader import dataplane
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
-from meshbpf import wire
 from meshbpf.errors import MeshError
 from meshbpf.model import Mesh
 from meshbpf.runtime import cgroup, orphans, stranded
@@ -131,8 +130,7 @@ class Agent:
             await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
         prepared, *others = await asyncio.gather(
             asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh),
-            self.supervisor.start(self.workers),  # they load what they need while the programs are compiled
-            asyncio.to_thread(wire.texts, mesh),
+            self._start_workers(),
             return_exceptions=True,  # what was prepared is known here, whatever else failed
         )
         if isinstance(prepared, BaseException):
@@ -147,6 +145,11 @@ class Agent:
         self.following.plane = self.plane
         for served in self.namespaces.served.values():
             self.plane.mark(served.sockets)
+
+    async def _start_workers(self) -> None:
+        """They load what they need, and read the mesh, while the programs are compiled."""
+        await self.supervisor.start(self.workers)
+        await self.following.foretell()
 
     def _serve(self, *more: Served) -> None:
         """Have workers accept in these namespaces, once they may."""

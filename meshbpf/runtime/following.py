@@ -147,6 +147,12 @@ class Following:
         else:
             self._supervisor.use(mesh.generation, pack, change, last.generation)
 
+    async def foretell(self) -> None:
+        """Have the workers read the mesh while there are no tables yet for them to serve it with."""
+        packed = await self.about(self.mesh, layout="", redirect=False)
+        self._supervisor.foretell(self.mesh.generation, packed)
+        self._told = self.mesh
+
     async def about(self, mesh: Mesh, layout: str, redirect: bool) -> bytes:
         """All that a worker has to know."""
         return await asyncio.to_thread(about.pack, mesh, self._more(layout, redirect))

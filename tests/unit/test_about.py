@@ -98,3 +98,15 @@ def test_only_who_has_the_mesh_before_is_told_the_change() -> None:
     supervisor._handles[0].told = -1  # it has refused
     supervisor.use(4, lambda: b"whole", b"change", 3)
     assert (up_to_date.blobs[-1], behind.blobs[-1]) == (b"whole", b"change")
+
+
+def test_who_was_foretold_a_mesh_is_told_only_to_use_it() -> None:
+    supervisor, said = Supervisor(Instance("unit"), {}, lambda *_: None, lambda: None), Said()
+    supervisor._handles[0] = Handle(0, cast(asyncio.subprocess.Process, None), channel=cast(Channel, said))
+    supervisor.foretell(1, about.pack(FIRST, {}))
+    packed = about.pack_change(FIRST, FIRST, {"layout": "made"})
+    supervisor.use(1, bytes, packed, 1)
+    foretold, used = (json.loads(cast(bytes, blob)) for blob in said.blobs)
+    reader = about.Reader()
+    assert reader.mesh(foretold) == reader.mesh(used) == FIRST
+    assert (used["changed"], used["layout"]) == ({}, "made")
