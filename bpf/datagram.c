@@ -175,14 +175,14 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 /* Whose answer a datagram from `source` is: the service address that was asked, or false when it is nobody's. */
 static __always_inline bool answer_of(struct bpf_sock_addr *ctx, const u8 *source, struct asked *shown)
 {
-	struct origin *origin = led_to(ctx, source);
+	struct decision *decision = led_to(ctx, source);
 	struct talk_key from = {.port = ctx->user_port};
 	struct asked *asked;
 	struct talk *talk;
 
-	if (origin) {
-		copy_address(shown->address, origin->asked);
-		shown->port = origin->asked_port;
+	if (decision) {
+		copy_address(shown->address, decision->asked);
+		shown->port = decision->asked_port;
 		return true;
 	}
 	from.cookie = socket_cookie(ctx);
