@@ -22,6 +22,7 @@ from loader import dataplane
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
+from meshbpf import wire
 from meshbpf.errors import MeshError
 from meshbpf.model import Mesh
 from meshbpf.runtime import cgroup, orphans, stranded
@@ -150,6 +151,7 @@ class Agent:
         """They load what they need, and read the mesh, while the programs are compiled."""
         await self.supervisor.start(self.workers)
         await self.following.foretell()
+        await asyncio.to_thread(wire.texts, self.following.mesh)  # as the state file will want them
 
     def _serve(self, *more: Served) -> None:
         """Have workers accept in these namespaces, once they may."""
