@@ -97,7 +97,6 @@ def run(address: str, path: str, *, rate: float, count: int, seconds: float, war
     late: list[int] = []
     planned = finished = errors = 0
     now, last = time.monotonic_ns, start + total * interval + _DRAIN_NS
-    gc.disable()  # a collection of ours would be counted as the server's latency
     while finished < total and now() < last:
         for descriptor, _ in poll.poll(0.5):
             if descriptor == timer:
@@ -149,6 +148,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--warmup", type=float, default=0.5)
     args = parser.parse_args()
+    gc.disable()  # a collection of ours would be counted as the server's latency
     load = {"rate": args.rate, "count": args.connections, "seconds": args.seconds, "warmup": args.warmup}
     print(json.dumps(run(args.address, args.path, **load)))
 

@@ -84,11 +84,11 @@ class Start(Attach):
 
     def seconds(self) -> float:
         """Wall seconds from exec to ready, with nothing of ours attached before."""
-        options = self.configure()
+        command = [meshbpf(), "run", *self.configure()]
         self.detach()
         log = self.run / f"{self.name}.out"
         begun = time.monotonic()
-        self.child = spawn([meshbpf(), "run", *options], self.group, None, log)
+        self.child = spawn(command, self.group, None, log)
         wait_for(f"http://127.0.0.1:{self.admin}/readyz", self.child, log, patience=ATTACH_PATIENCE)
         return time.monotonic() - begun
 

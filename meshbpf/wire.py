@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -30,21 +31,48 @@ def encode(value: Any) -> Any:
 def text(mesh: Mesh) -> str:
     """JSON of `encode(mesh)`; a service that is the same object as in the last mesh costs nothing."""
     rest = json.dumps(encode(dataclasses.replace(mesh, services=())))
+    held = _texts[0] = _held(mesh)
     # No string of `rest` holds that: its quotes would be escaped.
-    return rest.replace('"services": []', f'"services": [{",".join(texts(mesh))}]', 1)
+    return rest.replace('"services": []', f'"services": [{",".join(text for _service, text in held.values())}]', 1)
 
 
 def texts(mesh: Mesh) -> list[str]:
-    """JSON of each service, in the mesh's order; remembers those of the last mesh."""
-    last, known = _texts[0], {}
-    for service in mesh.services:
-        found = last.get(id(service))  # who is remembered here has not given its id to another
-        known[id(service)] = found or (service, json.dumps(encode(service), separators=(",", ":")))
-    _texts[0] = known
-    return [text for _service, text in known.values()]
+    """JSON of each service, in the mesh's order; they are remembered until `text` is asked for a mesh without them."""
+    held = _held(mesh)
+    _texts[0] = {**_texts[0], **held}
+    return [text for _service, text in held.values()]
+
+
+def _held(mesh: Mesh) -> dict[int, tuple[Service, str]]:
+    """By id: who is remembered has not given its own to another."""
+    last = _texts[0]
+    return {id(service): last.get(id(service)) or (service, service_text(service)) for service in mesh.services}
 
 
 _texts: list[dict[int, tuple[Service, str]]] = [{}]
+
+
+def service_text(service: Service) -> str:
+    """Its JSON, without what has the model's default: of hundreds of thousands of endpoints that is most."""
+    return _brief.encode(service)
+
+
+def _told(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else _teller(type(value))(value)
+
+
+@cache
+def _teller(kind: Any) -> Callable[[Any], dict[str, Any]]:
+    """What a dataclass with these fields says that its defaults do not."""
+    known = dataclasses.fields(kind)
+    names, read = _names(kind), attrgetter(*_names(kind))
+    usual = [
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory() for field in known
+    ]
+    return lambda value: {n: is_ for n, is_, was in zip(names, read(value), usual, strict=True) if is_ != was}
+
+
+_brief = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_told)
 
 
 @cache

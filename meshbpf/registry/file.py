@@ -6,6 +6,7 @@ Rules:
 - what was read decides, not what was notified: each wake-up reads everything and compares, so that a notification too
   many costs a few milliseconds, and one too few (network file systems, a directory made later) is made up for within
   a second;
+- a file that is being written is waited for; what was read while something began to be written is read again;
 - reading and parsing happen on a thread.
 """
 
@@ -19,18 +20,16 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import watchfiles
-
 from meshbpf.errors import ConfigError
 from meshbpf.registry.base import Snapshot
+from meshbpf.registry.inotify import Inotify
 from meshbpf.schema import files, parse
 from meshbpf.tasks import spawn
 
 log = logging.getLogger("registry.file")
-logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every notification; we tell of changes
 
-QUIET_MS = 50  # a change counts when nothing more has happened for so long
-LONGEST_MS = 400  # or when things have been happening for so long
+QUIET_SECONDS = 0.4  # a file that is written and not closed is read when nothing more has happened for so long
+LONGEST_SECONDS = 5.0  # or when things have been happening for so long
 LOOK_SECONDS = 1.0  # looks at names, sizes and times without any notification
 MOST_LINKS = 16
 
@@ -57,6 +56,7 @@ class FileSource:
         self._wake = asyncio.Event()
         self._told_to = False
         self._stamp: Stamp = ()  # of what was read, taken before it was read
+        self._notices: Inotify | None = None  # while there are some
 
     def reload(self) -> None:
         self._told_to = True
@@ -71,7 +71,13 @@ class FileSource:
             while True:
                 self._wake.clear()
                 told, self._told_to = self._told_to, False
+                notices = self._notices
+                heard = 0 if notices is None else notices.take()
                 content = await asyncio.to_thread(_content, self._paths)
+                if notices is not None and notices is self._notices and (notices.take() != heard or notices.writing):
+                    self._told_to |= told
+                    await self._wake.wait()  # half of it may have been written by then: what we hear of wakes us
+                    continue
                 if told or content != last:
                     last = content
                     now = await asyncio.to_thread(self._next, content, good, filled)
@@ -97,7 +103,7 @@ class FileSource:
             try:
                 await self._until_other(folders)
                 complained = ""
-            except (OSError, RuntimeError) as error:  # RuntimeError: how watchfiles reports inotify's
+            except OSError as error:
                 if str(error) != complained:
                     complained = str(error)
                     log.warning("no change notifications, looking every second instead error=%s", error)
@@ -108,23 +114,28 @@ class FileSource:
         """Wake at each change in `folders`; return when others must be watched."""
         if not folders:
             raise OSError("none of the paths exists")
-        changes = watchfiles.awatch(
-            *folders,
-            watch_filter=None,
-            debounce=LONGEST_MS,
-            step=QUIET_MS,
-            rust_timeout=int(LOOK_SECONDS * 1000),
-            yield_on_timeout=True,
-            recursive=False,
-        )
-        async with contextlib.aclosing(changes):
-            async for change in changes:
-                stamp = await asyncio.to_thread(_stamp, self._paths)
-                if change or stamp != self._stamp:
-                    self._stamp = stamp
-                    self._wake.set()
-                if await asyncio.to_thread(watched, self._paths) != folders:
-                    return
+        names = {path.name for path in self._paths} | {Path(os.path.realpath(path)).name for path in self._paths}
+        with contextlib.closing(
+            Inotify(folders, lambda name: name in names or files.is_configuration(name))
+        ) as notices:
+            self._notices, patience, seen = (
+                notices,
+                0.0,
+                self._stamp,
+            )  # what happened before we listened is seen by a look
+            try:
+                while True:
+                    change = await notices.changed(patience, QUIET_SECONDS, LONGEST_SECONDS)
+                    stamp = await asyncio.to_thread(_stamp, self._paths)
+                    unheard = stamp != self._stamp and not change
+                    if change or (unheard and stamp == seen):
+                        self._stamp = stamp
+                        self._wake.set()
+                    patience, seen = QUIET_SECONDS if unheard else LOOK_SECONDS, stamp
+                    if await asyncio.to_thread(watched, self._paths) != folders:
+                        return
+            finally:
+                self._notices = None
 
 
 def watched(paths: Sequence[Path]) -> list[Path]:

@@ -3,19 +3,57 @@
 Every service travels as text of its own, and one that is the same object as before has the same text: packing costs
 what changed. To somebody who knows the mesh before, `pack_change` says only what is different; whoever has read the
 same text before takes the service of then, so that everything which knows services by identity sees at a glance what
-did not change.
+did not change. What never comes to a worker it is not told of (`Audience`).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshbpf import wire
-from meshbpf.model import Mesh, Service
+from meshbpf.carrier import Carrier, choose
+from meshbpf.model import Mesh, Service, ServicePolicy
 
 MOST = 1000  # changed services; from there on the whole mesh is packed
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    service: Service
+    policy: ServicePolicy
+    told: bool
+
+
+class Audience:
+    """Which services workers are told of: those of which a port may be led to them. One that they know stays known as
+    long as it is in the mesh, because connections from before its policy became `direct` still go through them.
+
+    `everything`: all services, where an earlier agent may have led connections that wait to be accepted.
+    """
+
+    def __init__(self, everything: bool) -> None:
+        self._everything = everything
+        self._judged: dict[tuple[str, str], _Judged] = {}
+
+    def part(self, mesh: Mesh) -> Mesh:
+        """`mesh` with these services only; one that is the same object as before is not judged again."""
+        if self._everything:
+            return mesh
+        last, self._judged = self._judged, {}
+        for service in mesh.services:
+            key, policy = service.id, mesh.policy_for(service)
+            known = last.get(key)
+            if known is None or known.service is not service or known.policy is not policy:
+                told = (known is not None and known.told) or _led(service, policy)
+                known = _Judged(service, policy, told)
+            self._judged[key] = known
+        return replace(mesh, services=tuple(j.service for j in self._judged.values() if j.told))
+
+
+def _led(service: Service, policy: ServicePolicy) -> bool:
+    return any(choose(port, policy).carrier is not Carrier.DIRECT for port in service.ports)
 
 
 def pack(mesh: Mesh, about: dict[str, Any]) -> bytes:
@@ -33,7 +71,7 @@ def pack_change(last: Mesh, mesh: Mesh, about: dict[str, Any]) -> bytes | None:
         if old is not new:
             if old.id != new.id or len(changed) == MOST:
                 return None
-            changed[place] = json.dumps(wire.encode(new), separators=(",", ":"))
+            changed[place] = wire.service_text(new)
     rest = wire.encode(replace(mesh, services=(), policies={}))
     return json.dumps(
         {**about, "generation": mesh.generation, "base": last.generation, "mesh": rest, "changed": changed}

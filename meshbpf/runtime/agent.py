@@ -131,8 +131,7 @@ class Agent:
             await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
         prepared, *others = await asyncio.gather(
             asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh),
-            self.supervisor.start(self.workers),  # they load what they need while the programs are compiled
-            asyncio.to_thread(wire.texts, mesh),
+            self._start_workers(),
             return_exceptions=True,  # what was prepared is known here, whatever else failed
         )
         if isinstance(prepared, BaseException):
@@ -147,6 +146,12 @@ class Agent:
         self.following.plane = self.plane
         for served in self.namespaces.served.values():
             self.plane.mark(served.sockets)
+
+    async def _start_workers(self) -> None:
+        """They load what they need, and read the mesh, while the programs are compiled."""
+        await self.supervisor.start(self.workers)
+        await self.following.foretell()
+        await asyncio.to_thread(wire.texts, self.following.mesh)  # as the state file will want them
 
     def _serve(self, *more: Served) -> None:
         """Have workers accept in these namespaces, once they may."""

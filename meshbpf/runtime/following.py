@@ -63,6 +63,7 @@ class Following:
         self._ignored = mesh.agent
         self._applying = asyncio.Lock()  # else workers could be told an older mesh after a newer one
         self.redirect_lack: str | None = None  # as attach found; None: ask the state file
+        self._audience = about.Audience(everything=instance.state_file.exists())
         self._told: Mesh | None = None  # what the workers were told last
         self._unwritten = False  # the state file is older than the mesh
 
@@ -135,6 +136,7 @@ class Following:
         """Have the workers serve `mesh`; those that have the one before are told what changed."""
         redirect = self.acceleration == "redirect" and mesh.agent.acceleration is not Acceleration.OFF
         more = self._more(self.plane.layout, redirect)
+        mesh = self._audience.part(mesh)
         last, self._told = self._told, mesh
         change = about.pack_change(last, mesh, more) if last is not None else None
 
@@ -147,8 +149,14 @@ class Following:
         else:
             self._supervisor.use(mesh.generation, pack, change, last.generation)
 
+    async def foretell(self) -> None:
+        """Have the workers read the mesh while there are no tables yet for them to serve it with."""
+        self._told = self._audience.part(self.mesh)
+        packed = await self.about(self._told, layout="", redirect=False)
+        self._supervisor.foretell(self.mesh.generation, packed)
+
     async def about(self, mesh: Mesh, layout: str, redirect: bool) -> bytes:
-        """All that a worker has to know."""
+        """All that there is to know for a worker."""
         return await asyncio.to_thread(about.pack, mesh, self._more(layout, redirect))
 
     def _more(self, layout: str, redirect: bool) -> dict[str, Any]:

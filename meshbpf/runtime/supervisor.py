@@ -104,6 +104,13 @@ class Supervisor:
             handle.told = generation
             self._begin(handle)
 
+    def foretell(self, generation: int, whole: bytes) -> None:
+        """Have workers read a mesh that they will soon be told to `use`: then a change of it is enough."""
+        for handle in self._handles.values():
+            if handle.channel is not None:
+                handle.channel.send({"type": "foretell"}, blob=whole)
+                handle.told = generation
+
     def listen(self, served: Served) -> None:
         self._served[served.cookie] = served
         for handle in self._handles.values():

@@ -105,6 +105,10 @@ class Worker:
                     self._use(self._reader.mesh(about), about)
             elif self._following is None or self._following.done():
                 self._following = spawn(self._follow(), "follow")
+        elif kind == "foretell":
+            about = message["blob"].read()
+            with self._refusing(about), garbage.paused():
+                self._reader.mesh(about)
         elif kind == "handover":
             self._hand_over()
         elif kind == "drain":

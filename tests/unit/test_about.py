@@ -11,7 +11,7 @@ import pytest
 
 from loader.instance import Instance
 from meshbpf import wire
-from meshbpf.model import Endpoint, Mesh, Port, Service, ServicePolicy
+from meshbpf.model import Endpoint, Mesh, Mode, Port, Protocol, Service, ServicePolicy
 from meshbpf.runtime import about
 from meshbpf.runtime.channel import Channel
 from meshbpf.runtime.supervisor import Handle, Supervisor
@@ -73,8 +73,41 @@ def test_more_than_some_services_is_told_as_a_whole(mesh: Mesh) -> None:
 
 def test_the_text_of_a_mesh_is_its_json() -> None:
     for mesh in (FIRST, SECOND, Mesh(), FIRST):
-        assert json.loads(wire.text(mesh)) == wire.encode(mesh)
         assert wire.decode(Mesh, json.loads(wire.text(mesh))) == mesh
+
+
+def led(*protocols: Protocol) -> Service:
+    return Service("led", ports=tuple(Port(f"p{n}", n + 1, p) for n, p in enumerate(protocols)))
+
+
+def test_workers_are_told_of_what_may_be_led_to_them() -> None:
+    def told(service: Service, mode: Mode = Mode.AUTO) -> bool:
+        policies = {service.id: ServicePolicy(service=service.name, mode=mode)}
+        return bool(about.Audience(everything=False).part(Mesh(services=(service,), policies=policies)).services)
+
+    assert told(led(Protocol.TCP, Protocol.HTTP))
+    assert told(led(Protocol.GRPC), Mode.PROXY)
+    assert not told(led(Protocol.HTTP), Mode.DIRECT)
+    assert not told(led(Protocol.TCP, Protocol.GRPC, Protocol.UDP))
+    assert not told(led(Protocol.UDP), Mode.PROXY)
+
+
+def test_what_workers_know_they_go_on_knowing_while_it_is_in_the_mesh() -> None:
+    service, audience = led(Protocol.HTTP), about.Audience(everything=False)
+    direct = {service.id: ServicePolicy(service="led", mode=Mode.DIRECT)}
+    for mesh, known in (
+        (Mesh(services=(service,), policies=direct), False),
+        (Mesh(services=(service,)), True),
+        (Mesh(services=(service,), policies=direct), True),
+        (Mesh(services=(replace(service, labels={"a": "b"}),), policies=direct), True),
+        (Mesh(), False),
+        (Mesh(services=(service,), policies=direct), False),
+    ):
+        assert audience.part(mesh) == (mesh if known else replace(mesh, services=()))
+
+
+def test_after_an_earlier_agent_workers_are_told_everything() -> None:
+    assert about.Audience(everything=True).part(FIRST) is FIRST
 
 
 class Said:
@@ -98,3 +131,15 @@ def test_only_who_has_the_mesh_before_is_told_the_change() -> None:
     supervisor._handles[0].told = -1  # it has refused
     supervisor.use(4, lambda: b"whole", b"change", 3)
     assert (up_to_date.blobs[-1], behind.blobs[-1]) == (b"whole", b"change")
+
+
+def test_who_was_foretold_a_mesh_is_told_only_to_use_it() -> None:
+    supervisor, said = Supervisor(Instance("unit"), {}, lambda *_: None, lambda: None), Said()
+    supervisor._handles[0] = Handle(0, cast(asyncio.subprocess.Process, None), channel=cast(Channel, said))
+    supervisor.foretell(1, about.pack(FIRST, {}))
+    packed = about.pack_change(FIRST, FIRST, {"layout": "made"})
+    supervisor.use(1, bytes, packed, 1)
+    foretold, used = (json.loads(cast(bytes, blob)) for blob in said.blobs)
+    reader = about.Reader()
+    assert reader.mesh(foretold) == reader.mesh(used) == FIRST
+    assert (used["changed"], used["layout"]) == ({}, "made")

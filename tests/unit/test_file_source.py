@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from meshbpf.registry import file as module
+from meshbpf.registry import inotify
 from meshbpf.registry.base import Snapshot
 from meshbpf.registry.file import FileSource
+from meshbpf.tasks import spawn
 
 SERVICE = """\
 apiVersion: meshbpf.io/v1
@@ -106,6 +108,57 @@ async def test_a_half_written_file_keeps_the_last_good_snapshot_until_it_is_whol
         await files.until("ledger")
 
 
+async def test_a_file_that_is_written_in_parts_is_read_when_it_is_closed(tmp_path: Path) -> None:
+    """Each part alone would be a mesh, and so would what is there when another file is saved meanwhile."""
+    path, other = tmp_path / "mesh.yaml", tmp_path / "other.yaml"
+    path.write_text(service("a"))
+    async with Watching(tmp_path) as files:
+        await files.until("a")
+        following = spawn(files.next(), "next")
+        with path.open("w") as file:
+            for name in "bcd":
+                file.write("---\n" + service(name).replace("0.10", f"0.{ord(name)}"))
+                file.flush()
+                other.write_text(f"# {name}\n")
+                await asyncio.sleep(module.QUIET_SECONDS / 4)
+            assert not following.done()
+        begun = asyncio.get_running_loop().time()
+        assert names(await following) == ["b", "c", "d"]
+        assert asyncio.get_running_loop().time() - begun < module.QUIET_SECONDS / 2
+
+
+async def test_what_begins_to_be_written_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mesh.yaml"
+    path.write_text(service("a"))
+    read = module.files.texts
+    async with Watching(path) as files:
+        await files.until("a")
+
+        def meanwhile(paths: list[Path]) -> list[tuple[str, str]]:
+            found = read(paths)
+            if "b" in names(module._snapshot(found)):
+                path.write_text(service("c"))
+            return found
+
+        monkeypatch.setattr(module.files, "texts", meanwhile)
+        path.write_text(service("b"))
+        assert names(await files.next()) == ["c"]
+
+
+def test_a_file_is_being_written_until_it_is_closed_or_replaced() -> None:
+    def after(*events: tuple[int, str]) -> set[str]:
+        found = inotify.still_open(frozenset(), [inotify.Event(1, mask, name) for mask, name in events])
+        return {name for _watch, name in found}
+
+    assert after((inotify.MODIFY, "a"), (inotify.CREATE, "b")) == {"a", "b"}
+    assert after((inotify.CREATE | inotify.ISDIR, "folder"), (inotify.ATTRIB, "a")) == set()
+    for end in (inotify.CLOSE_WRITE, inotify.MOVED_TO, inotify.MOVED_FROM, inotify.DELETE):
+        assert after((inotify.MODIFY, "a"), (inotify.MODIFY, "b"), (end, "a")) == {"b"}
+    assert after((inotify.MODIFY, "a"), (inotify.OVERFLOW, "")) == set()
+
+
 async def test_a_file_that_was_truncated_keeps_what_it_said_until_something_is_written(tmp_path: Path) -> None:
     path = tmp_path / "mesh.yaml"
     path.write_text(service("orders"))
@@ -195,7 +248,7 @@ async def test_without_notifications_a_look_every_second_finds_the_change(
     def refuse(*_: object, **__: object) -> None:
         raise OSError("too many inotify watches")
 
-    monkeypatch.setattr("meshbpf.registry.file.watchfiles.awatch", refuse)
+    monkeypatch.setattr("meshbpf.registry.file.Inotify", refuse)
     path = tmp_path / "mesh.yaml"
     path.write_text(service("a"))
     async with Watching(path) as files:

@@ -52,6 +52,27 @@ def test_a_mesh_comes_back_equal(mesh: Mesh) -> None:
     assert wire.decode(Mesh, json.loads(json.dumps(wire.encode(mesh)))) == mesh
 
 
+@settings(max_examples=100, deadline=None)
+@given(services)
+def test_a_service_comes_back_equal_from_its_text(service: Service) -> None:
+    assert wire.decode(Service, json.loads(wire.service_text(service))) == service
+
+
+def test_the_text_of_a_service_leaves_out_what_is_usual() -> None:
+    told = wire.service_text(Service("s", endpoints=(Endpoint("192.0.2.1", {"main": 1}), Endpoint("::1", {}, 7))))
+    endpoints = [{"address": "192.0.2.1", "ports": {"main": 1}}, {"address": "::1", "ports": {}, "weight": 7}]
+    assert json.loads(told) == {"name": "s", "endpoints": endpoints}
+
+
+def test_texts_of_a_part_are_remembered_beside_those_of_the_whole() -> None:
+    a, b = Service("a"), Service("b")
+    whole = wire.texts(Mesh(services=(a, b)))
+    assert wire.texts(Mesh(services=(b,)))[0] is whole[1]
+    assert wire.texts(Mesh(services=(a,)))[0] is whole[0]
+    wire.text(Mesh(services=(b,)))
+    assert wire.texts(Mesh(services=(a,)))[0] is not whole[0]
+
+
 def test_a_registry_comes_back_as_what_it_was() -> None:
     mesh = Mesh(Agent(registries=(HttpRegistry("http://192.0.2.1:1", "token"), EmbeddedRegistry())))
     assert wire.decode(Mesh, json.loads(json.dumps(wire.encode(mesh)))) == mesh
