@@ -58,7 +58,7 @@ def service_text(service: Service) -> str:
 
 
 def _told(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else _teller(type(value))(value)
+    return dict(value) if isinstance(value, Mapping) else _teller(typing.cast(Any, type(value)))(value)
 
 
 @cache

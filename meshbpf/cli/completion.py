@@ -45,7 +45,7 @@ def services(ctx: typer.Context, incomplete: str) -> list[str]:
     """Services of the instance that the line names, from what was applied last; no agent is asked."""
     try:
         said = Instance(ctx.params.get("instance") or "default").read_state()
-        found = [Service(one["name"], one["namespace"]).label for one in said["mesh"]["services"]]
+        found = [Service(one["name"], one.get("namespace", "default")).label for one in said["mesh"]["services"]]
     except (MeshError, OSError, LookupError, TypeError):
         return []  # a key was pressed; `meshbpf status` says what is wrong
     return sorted(name for name in found if name.startswith(incomplete))
