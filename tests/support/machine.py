@@ -149,6 +149,8 @@ class Machine:
     # --- commands ------------------------------------------------------------------------------------------------
 
     def meshbpf(self, *arguments: str, **options: Any) -> Done:
+        # readline, which pytest imports, tells children of a screen of 80 columns behind os.environ's back.
+        options.setdefault("env", dict(os.environ))
         return subprocess.run(
             [*CLI, *arguments],
             capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, **options,
