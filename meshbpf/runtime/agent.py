@@ -149,6 +149,8 @@ class Agent:
 
     async def _start_workers(self) -> None:
         """They load what they need, and read the mesh, while the programs are compiled."""
+        # First, because they are born where we are.
+        self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
         await self.supervisor.start(self.workers)
         await self.following.foretell()
         await asyncio.to_thread(wire.texts, self.following.mesh)  # as the state file will want them
@@ -168,7 +170,6 @@ class Agent:
     async def start(self) -> None:
         """From prepared tables to a proxy that serves."""
         loop = asyncio.get_running_loop()
-        self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
         mesh = self.following.mesh
         await self.following.tell(mesh)
         if not await self._settled(READY_SECONDS):
