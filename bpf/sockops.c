@@ -156,10 +156,11 @@ int sockops(struct bpf_sock_ops *ops)
 	}
 	if (decision->counted)
 		closed(ops, decision, origin);
-	if (origin)
-		decision->given_port =
-		    0; /* of a socket that is connected again, to whom we led it before, we know nothing */
-	else
+	if (origin) {
+		/* When it is connected again, past us, to whom we led it before, that is no decision of ours. */
+		decision->given_port = 0;
+	} else {
 		recent_forget(cookie);
+	}
 	return 1;
 }
