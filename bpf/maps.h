@@ -44,7 +44,7 @@ TABLE("array", int, struct agent_state, agent, 1, 0);
 TABLE("array", int, u64, heartbeat, 1, 0);
 /* per socket: there for the proxy's listeners, for nobody else. Writer: agent. Reader: connect. */
 TABLE("sk_storage", int, struct listener, listeners, 0, BPF_F_NO_PREALLOC);
-/* cookie % RECENT_PLACES -> what connect decided about a direct socket. Writers: connect, sockops. See lib/decided.h. */
+/* place by socket cookie -> what connect decided about a direct socket. Writers: connect, sockops. See lib/decided.h. */
 TABLE("array", int, struct recent, recent, RECENT_PLACES, 0);
 /* per socket: what connect decided about it, when it is not in `recent`. Writer: connect. */
 TABLE("sk_storage", int, struct origin, origins, 0, BPF_F_NO_PREALLOC);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
 /*
  * Where connect's decision about a socket is kept: in `recent` when the socket goes direct and its place there is
- * free, else in the socket's own storage, which always has room but costs more to make and free than all the rest we do.
+ * free, else in the socket's own storage, which costs more to make and free than all the rest we do.
  *
  * The rule: a decision is in one of the two, and found by whoever asks `recent` first. A watched place is its socket's
  * until sockops gives it back. Connections that stay keep theirs, and who meets one pays as if there were no table

@@ -48,7 +48,7 @@ CATALOGUE: Mapping[str, About] = {
         "socket storage", "there for the proxy's listeners, for nobody else", "agent, by socket descriptor", "connect"
     ),
     "recent": About(
-        "socket cookie mod 4096",
+        "one of 4096 places, by socket cookie",
         "what connect decided about a direct socket; one that meets a taken place goes to `origins`",
         "connect, sockops",
         "getpeername, sockops, CLI",

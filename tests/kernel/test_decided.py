@@ -145,7 +145,8 @@ def test_a_connect_that_never_reached_tcp_keeps_no_more_than_its_place(
 def test_one_socket_after_another_decision(ground: Ground, recent: Recent, listener: Listener) -> None:
     """Dissolved and connected again, to a service, to no service, and to a service: always the truth."""
     with ground.client() as client:
-        for address in ((ADDRESS, 80), (listener.address, listener.port), (ADDRESS, 80)):
+        there = (listener.address, listener.port)
+        for address in ((ADDRESS, 80), there, (GOVERNED, 80), there, (ADDRESS, 80)):
             client.connect(address)
             listener.accept().close()
             assert client.getpeername() == address

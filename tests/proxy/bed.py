@@ -150,6 +150,15 @@ class _Requests:
         self.complete += 1
 
 
+async def never() -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+async def silent(peer: Peer) -> None:
+    """Takes the connection, and does nothing with it."""
+    await never()
+
+
 async def polite(peer: Peer) -> None:
     """Answers every complete request with OK, and notes all bytes that came."""
     count = _Requests()

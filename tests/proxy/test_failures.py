@@ -9,7 +9,7 @@ import pytest
 
 from meshbpf.model import ConnectionPool, HttpPool, ServicePolicy, TcpPool, Timeouts
 from meshbpf.reason import Reason
-from tests.proxy.bed import OK, Bed, Peer, script, soon
+from tests.proxy.bed import OK, Bed, Peer, script, silent, soon
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 BEFORE = b"upstream connect error or disconnect/reset before headers. reset reason: "
@@ -253,7 +253,7 @@ async def test_a_fresh_connection_that_dies_is_not_retried(bed: Bed) -> None:
 
 
 async def test_the_caller_resets_while_it_waits(bed: Bed) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint)
     caller = await bed.caller()
     caller.send(GET)
@@ -269,7 +269,7 @@ async def test_the_caller_resets_while_it_waits(bed: Bed) -> None:
 
 @pytest.mark.parametrize("hard", [False, True])
 async def test_the_caller_goes_away_in_its_body(bed: Bed, hard: bool) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint)
     caller = await bed.caller()
     caller.send(b"POST / HTTP/1.1\r\nHost: a\r\ncontent-length: 9\r\n\r\nabc")
@@ -300,7 +300,7 @@ async def test_the_caller_goes_away_while_its_endpoint_is_dialled(bed: Bed) -> N
 
 
 async def test_request_timeout_before_the_answer(bed: Bed) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint, policy=ServicePolicy(timeouts=Timeouts(request=0.1)))
     caller = await bed.caller()
     status, head, body = await caller.ask(GET)
@@ -323,7 +323,7 @@ async def test_request_timeout_in_the_answer(bed: Bed) -> None:
 
 
 async def test_per_try_timeout(bed: Bed) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint, policy=ServicePolicy(timeouts=Timeouts(per_try=0.1)))
     assert (await (await bed.caller()).ask(GET))[0] == 504
 
@@ -364,7 +364,7 @@ async def test_a_waiting_request_gets_the_place_of_a_connection_that_ended(bed: 
 
 
 async def test_above_max_pending_requests_are_refused(bed: Bed) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint, policy=pool_of(1, 1))
     first, second, third = [await bed.caller() for _ in range(3)]
     first.send(GET)
@@ -379,7 +379,7 @@ async def test_above_max_pending_requests_are_refused(bed: Bed) -> None:
 
 
 async def test_waiting_has_an_end(bed: Bed) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint, policy=pool_of(1, 10, queue=0.1))
     first, second = [await bed.caller() for _ in range(2)]
     first.send(GET)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.proxy.bed import OK, Bed, Peer, soon
+from tests.proxy.bed import OK, Bed, Peer, silent, soon
 from userspace_proxy.limits import Limits
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -279,7 +279,7 @@ async def test_drain_closes_idle_and_lets_requests_finish(bed: Bed) -> None:
 
 
 async def test_drain_has_an_end(bed: Bed) -> None:
-    endpoint = await bed.endpoint(lambda peer: asyncio.sleep(3600))
+    endpoint = await bed.endpoint(silent)
     await bed.serve(endpoint)
     caller = await bed.caller()
     caller.send(GET)

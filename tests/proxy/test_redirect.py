@@ -30,6 +30,24 @@ class Membership:
         self._stuck -= 1
 
 
+class Log(list[str]):
+    """What happened to members, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grown = asyncio.Event()
+
+    def append(self, what: str) -> None:
+        super().append(what)
+        self._grown.set()
+
+    async def until(self, *wanted: str) -> None:
+        async with asyncio.timeout(5):
+            while self != list(wanted):
+                self._grown.clear()
+                await self._grown.wait()
+
+
 class Table:
     """A redirect table that notes who joins; `willing` says whether it takes anybody.
 
@@ -38,7 +56,7 @@ class Table:
 
     def __init__(self, room: int = 1 << 20, stuck: int = 0) -> None:
         self.stuck = stuck
-        self.log: list[str] = []
+        self.log = Log()
         self.room = room
         self.willing = True
         self.asked: list[tuple[int, str, int, str, int]] = []
@@ -146,9 +164,7 @@ async def test_a_member_leaves_when_idle_and_may_come_back(bed: Bed) -> None:
     for _ in range(5):
         await caller.ask(GET)
     assert table.log == ["join"]
-    async with asyncio.timeout(5):
-        while table.log != ["join", "leave"]:
-            await asyncio.sleep(0.01)
+    await table.log.until("join", "leave")
     for _ in range(5):
         await caller.ask(GET)
     assert table.log == ["join", "leave", "join"]
@@ -192,9 +208,7 @@ async def test_a_member_that_got_out_late_lives_on_for_its_keep_alive(bed: Bed) 
     await bed.serve(await bed.endpoint(), accelerator=table, limits=limits)
     caller = await bed.caller()
     await caller.ask(GET)
-    async with asyncio.timeout(5):
-        while table.log != ["join", "leave", "leave", "leave"]:
-            await asyncio.sleep(0.01)
+    await table.log.until("join", "leave", "leave", "leave")
     assert (await caller.ask(GET))[0] == 200
 
 

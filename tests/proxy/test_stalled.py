@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from meshbpf.model import ConnectionPool, Protocol, ServicePolicy, TcpPool
-from tests.proxy.bed import NETNS, OK, Bed, Peer, script, soon
+from tests.proxy.bed import NETNS, OK, Bed, Peer, never, script, soon
 from tests.proxy.test_mesh import SWITCH, WEBSOCKET
 from userspace_proxy import tcp
 from userspace_proxy.downstream import Downstream
@@ -25,7 +25,7 @@ BIG = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (16 * MIB) + bytes(16 *
 
 async def forever(peer: Peer) -> None:
     await peer.head()
-    await asyncio.sleep(3600)
+    await never()
 
 
 async def test_an_endpoint_that_says_nothing(bed: Bed) -> None:
@@ -51,7 +51,7 @@ async def test_an_endpoint_that_stops_in_its_answer(bed: Bed) -> None:
 async def test_an_endpoint_that_does_not_take_the_body(bed: Bed) -> None:
     async def talk(peer: Peer) -> None:
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await asyncio.sleep(3600)
+        await never()
 
     await bed.serve(await bed.endpoint(talk), limits=QUICK)
     caller = await bed.caller()
@@ -189,7 +189,7 @@ async def test_an_upload_that_was_answered_early_is_not_kept_in_the_pool(bed: Be
         peer.send(OK)
         await gate.wait()
         peer.send(OK)
-        await asyncio.sleep(3600)
+        await never()
 
     endpoint = await bed.endpoint(talk)
     await bed.serve(endpoint)

@@ -267,11 +267,11 @@ def test_what_depends_on_the_machine() -> None:
     rules = Rules(
         allow_loopback=False,
         own_ports=frozenset({15001}),
-        service_networks=(ipaddress.ip_network("10.96.0.0/16"),),
-        service_addresses=frozenset({"10.1.1.1"}),
+        service_networks=(ipaddress.ip_network("198.51.100.0/24"),),
+        service_addresses=frozenset({"203.0.113.1"}),
     )
-    for address in ("127.0.0.1", "::1", "10.96.3.4", "10.1.1.1"):
+    for address in ("127.0.0.1", "::1", "198.51.100.4", "203.0.113.1"):
         assert refused(rules, address=address) == "address"
-    assert refused(rules, address="10.0.0.1", ports={"http": {"port": 15001}}) == "ports.http.port"
-    assert isinstance(parse("orders", "a", body(address="10.0.0.1"), rules), Instance)
+    assert refused(rules, address="192.0.2.1", ports={"http": {"port": 15001}}) == "ports.http.port"
+    assert isinstance(parse("orders", "a", body(address="192.0.2.1"), rules), Instance)
     assert instance(address="::1").address == "::1"

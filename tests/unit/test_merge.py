@@ -67,33 +67,35 @@ def test_the_first_agent_and_the_first_policy_of_a_service_win() -> None:
 
 def test_attributes_come_from_the_first_source_that_has_them() -> None:
     bare = Service("orders", addresses=("127.96.0.10",), source="mesh.yaml:3:18")
-    known = Service("orders", labels={"team": "shop"}, addresses=("10.0.0.1",), ports=(HTTP,), source="registry")
+    known = Service("orders", labels={"team": "shop"}, addresses=("192.0.2.1",), ports=(HTTP,), source="registry")
     merged = only(mesh([Snapshot((bare,)), registry(known)], {}).mesh)
     assert merged == replace(known, addresses=("127.96.0.10",), source="mesh.yaml:3:18")
 
 
 def test_endpoints_are_united_and_the_earlier_source_has_its_way() -> None:
-    files = replace(ORDERS, endpoints=(endpoint("10.0.0.1", weight=5),))
-    other = replace(ORDERS, endpoints=(endpoint("10.0.0.1", weight=50), endpoint("10.0.0.2"), endpoint("10.0.0.1", 81)))
+    files = replace(ORDERS, endpoints=(endpoint("192.0.2.1", weight=5),))
+    other = replace(
+        ORDERS, endpoints=(endpoint("192.0.2.1", weight=50), endpoint("192.0.2.2"), endpoint("192.0.2.1", 81))
+    )
     merged = mesh([Snapshot((files,), source="files"), registry(other)], {})
     assert only(merged.mesh).endpoints == (
-        replace(endpoint("10.0.0.1", weight=5), source="files"),
-        replace(endpoint("10.0.0.2"), source="registry"),
-        replace(endpoint("10.0.0.1", 81), source="registry"),
+        replace(endpoint("192.0.2.1", weight=5), source="files"),
+        replace(endpoint("192.0.2.2"), source="registry"),
+        replace(endpoint("192.0.2.1", 81), source="registry"),
     )
     assert merged.problems == ()
 
 
 def test_an_endpoint_known_twice_with_other_ports_is_counted_once_for_each_port() -> None:
     ports = (HTTP, Port("admin", 81))
-    files = replace(ORDERS, ports=ports, endpoints=(endpoint("10.0.0.1"),))
-    other = replace(ORDERS, ports=ports, endpoints=(endpoint("10.0.0.1", http=8080, admin=9090),))
+    files = replace(ORDERS, ports=ports, endpoints=(endpoint("192.0.2.1"),))
+    other = replace(ORDERS, ports=ports, endpoints=(endpoint("192.0.2.1", http=8080, admin=9090),))
     merged = only(mesh([Snapshot((files,)), registry(other)], {}).mesh)
     assert [dict(found.ports) for found in merged.endpoints] == [{"http": 8080}, {"admin": 9090}]
 
 
 def test_a_service_that_only_a_registry_knows_takes_ports_from_instances_and_an_address_from_the_pool() -> None:
-    unknown = Service("carts", "shop", endpoints=(endpoint("10.0.0.1", http=8080, queue=5672),))
+    unknown = Service("carts", "shop", endpoints=(endpoint("192.0.2.1", http=8080, queue=5672),))
     merged = mesh([Snapshot(), registry(unknown)], {})
     service = only(merged.mesh)
     assert service.ports == (Port("http", 8080, Protocol.HTTP), Port("queue", 5672, Protocol.TCP))
@@ -111,7 +113,7 @@ def test_services_are_sorted_by_namespace_and_name() -> None:
 REFUSED = [
     ("127.0.0.1", 15001, True, "127.0.0.1:15001", "is Agent.spec.proxy.listen"),
     ("127.0.0.9", 15006, True, "127.0.0.9:15006", "is a port of meshbpf"),
-    ("10.0.0.9", 15010, True, "10.0.0.9:15010", "is Agent.spec.registries.embedded.listen"),
+    ("192.0.2.9", 15010, True, "192.0.2.9:15010", "is Agent.spec.registries.embedded.listen"),
     ("::1", 9100, True, "[::1]:9100", "is Agent.spec.admin.listen"),
     ("127.96.0.10", 80, True, "127.96.0.10:80", "is the address of service orders: name the servers behind it"),
     ("127.0.0.1", 8080, False, "127.0.0.1", "is on loopback and from a network registry: set allowLoopback to take it"),
@@ -126,11 +128,11 @@ REFUSED = [
 def test_an_endpoint_that_must_not_be_called_is_left_out_and_the_others_stay(
     address: str, number: int, loopback: bool, what: str, why: str
 ) -> None:
-    agent = Agent(registries=(EmbeddedRegistry(listen="10.0.0.9:15010"),), admin=AdminSettings("0.0.0.0:9100"))
-    other = replace(ORDERS, addresses=(), endpoints=(endpoint(address, number), endpoint("10.0.0.1")))
+    agent = Agent(registries=(EmbeddedRegistry(listen="192.0.2.9:15010"),), admin=AdminSettings("0.0.0.0:9100"))
+    other = replace(ORDERS, addresses=(), endpoints=(endpoint(address, number), endpoint("192.0.2.1")))
     merged = mesh([Snapshot((ORDERS,), agent=agent), registry(other, allow_loopback=loopback)], {})
     assert merged.problems == (Problem("orders", what, why),)
-    assert [found.address for found in only(merged.mesh).endpoints] == ["10.0.0.1"]
+    assert [found.address for found in only(merged.mesh).endpoints] == ["192.0.2.1"]
 
 
 def test_an_endpoint_at_an_address_that_the_pool_gave_is_left_out() -> None:
@@ -143,14 +145,14 @@ def test_an_endpoint_at_an_address_that_the_pool_gave_is_left_out() -> None:
 
 
 def test_only_the_ports_that_the_service_has_are_taken_from_an_instance() -> None:
-    other = replace(ORDERS, endpoints=(endpoint("10.0.0.1", http=8080, metrics=9090), endpoint("10.0.0.2", web=80)))
+    other = replace(ORDERS, endpoints=(endpoint("192.0.2.1", http=8080, metrics=9090), endpoint("192.0.2.2", web=80)))
     merged = mesh([Snapshot((ORDERS,)), registry(other)], {})
     assert [(found.address, dict(found.ports)) for found in only(merged.mesh).endpoints] == [
-        ("10.0.0.1", {"http": 8080})
+        ("192.0.2.1", {"http": 8080})
     ]
     assert merged.problems == (
-        Problem("orders", "10.0.0.1:9090", 'has port "metrics", which is not a port of the service (known: http)'),
-        Problem("orders", "10.0.0.2:80", 'has port "web", which is not a port of the service (known: http)'),
+        Problem("orders", "192.0.2.1:9090", 'has port "metrics", which is not a port of the service (known: http)'),
+        Problem("orders", "192.0.2.2:80", 'has port "web", which is not a port of the service (known: http)'),
     )
 
 
@@ -198,7 +200,7 @@ def test_an_http_port_of_a_registry_is_not_carried_past_a_policy_that_chooses_by
 
 
 def test_an_address_that_two_services_want_stays_with_the_earlier_source_and_the_other_gets_one_from_the_pool() -> None:
-    grabbing = Service("aaa", addresses=("127.96.0.10", "10.9.9.9", "127.0.0.1"), ports=(HTTP,), source="registry")
+    grabbing = Service("aaa", addresses=("127.96.0.10", "192.0.2.9", "127.0.0.1"), ports=(HTTP,), source="registry")
     alone = replace(grabbing, name="bbb", addresses=("127.96.0.10",))
     merged = mesh([Snapshot((ORDERS,)), registry(grabbing, alone)], {})
     assert merged.problems[:2] == (
@@ -206,7 +208,7 @@ def test_an_address_that_two_services_want_stays_with_the_earlier_source_and_the
         Problem("bbb", "127.96.0.10", "is the address of service orders at port 80"),
     )
     aaa, bbb, orders = merged.mesh.services
-    assert aaa.addresses == ("10.9.9.9", "127.0.0.1")
+    assert aaa.addresses == ("192.0.2.9", "127.0.0.1")
     assert orders.addresses == ("127.96.0.10",)
     assert bbb.addresses == (merged.given["bbb", "default"],) != ("127.96.0.10",)
 

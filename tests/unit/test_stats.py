@@ -74,7 +74,7 @@ def test_a_bucket_holds_what_is_at_most_its_bound(stats: Stats, milliseconds: fl
 
 def test_names_that_the_mesh_does_not_know_are_unknown(stats: Stats) -> None:
     for number in range(50):
-        stats.record(record(f"evil-{number}", upstream_host=f"10.0.0.{number}:1", endpoint_outcome="ok"))
+        stats.record(record(f"evil-{number}", upstream_host=f"192.0.2.{number}:1", endpoint_outcome="ok"))
         stats.verdict(Reason.NO_SERVICE, f"evil-{number}")
         stats.opened("outbound", "web.service", f"evil-{number}", "proxy")
     snapshot = stats.snapshot(1.0)
