@@ -1,7 +1,8 @@
 """A systemd of its own for tests: the machine's own files under an overlay, in new mount, pid, network and cgroup
 namespaces. Units, sandboxing and restarts are real; what it writes, mounts and pins is gone with it.
 
-The tree is at /opt/meshbpf inside, with a `.venv/bin/meshbpf` as `make setup` makes one.
+The tree is at /opt/meshbpf inside, with a `.venv/bin/meshbpf` as `make setup` makes one, and this Python at
+/opt/python: wherever they lie outside, also under a /tmp that the unit's PrivateTmp hides.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.support.ground import Ground
 from tests.support.machine import ROOT, Done, Load, until
 
 INIT = "/lib/systemd/systemd"
+PYTHON = f"/opt/python/{Path(sys.executable).relative_to(sys.prefix)}"
 # What a machine's boot would do to the kernel that we share, or wait for in vain.
 MASKED = (
     "systemd-sysctl.service", "systemd-modules-load.service", "systemd-remount-fs.service", "systemd-udevd.service",
@@ -49,9 +51,9 @@ done
 mkdir "$root/dev/pts" "$root/dev/shm"
 mount -t devpts -o newinstance,ptmxmode=666 devpts "$root/dev/pts"
 ln -s pts/ptmx "$root/dev/ptmx"; ln -s /proc/self/fd/1 "$root/dev/stdout"
-mkdir -p "$root/opt/meshbpf" "$root{tree}" "$root{prefix}" "$root{folder}"
+mkdir -p "$root/opt/meshbpf" "$root/opt/python" "$root{tree}" "$root{folder}"
 mount --bind {tree} "$root{tree}"
-mount --bind {prefix} "$root{prefix}"
+mount --bind {prefix} "$root/opt/python"
 mount --bind {folder} "$root{folder}"
 mount -t overlay overlay -o "lowerdir={tree},upperdir=$new/tree,workdir=$new/treework" "$root/opt/meshbpf"
 mkdir -p "$root/opt/meshbpf/.venv/bin"
@@ -80,8 +82,8 @@ class Booted:
     def __enter__(self) -> Booted:
         self.cgroup.mkdir()
         (self.folder / "new").mkdir()
-        python = f"exec {sys.executable} -P -m meshbpf.cli"
-        (self.folder / "meshbpf").write_text(f'#!/bin/sh\nexport PYTHONPATH=/opt/meshbpf\n{python} "$@"\n')
+        script = f'#!/bin/sh\nexport PYTHONPATH=/opt/meshbpf\nexec {PYTHON} -P -m meshbpf.cli "$@"\n'
+        (self.folder / "meshbpf").write_text(script)
         words = {"folder": self.folder, "tree": ROOT, "prefix": sys.prefix, "init": INIT, "masked": " ".join(MASKED)}
         script = INSIDE.format(**words)
         join = f"echo $$ > {self.cgroup}/cgroup.procs"
@@ -146,7 +148,7 @@ class Booted:
 
     def endpoint(self, name: str) -> int:
         """Start an endpoint that bears load, outside of every slice; its port."""
-        process = self.start(sys.executable, "-m", "tests.support.quick", name)
+        process = self.start(PYTHON, "-m", "tests.support.quick", name)
         assert process.stdout is not None
         return int(process.stdout.readline())
 
@@ -154,7 +156,7 @@ class Booted:
         """Requests to port 80, paced, by a member of mesh.slice."""
         kind = "new" if new else "kept"
         words = ("-m", "tests.support.load", host, "80", str(connections), str(rate), kind)
-        return Load(self.start(sys.executable, *words, slice_="mesh.slice"))
+        return Load(self.start(PYTHON, *words, slice_="mesh.slice"))
 
     def write(self, path: str, text: str) -> None:
         staged = self.folder / "staged"
