@@ -101,7 +101,7 @@ def test_a_registered_program_outlives_the_agent(machine: Machine) -> None:
     port = machine.quick("a")
     machine.configure(service("orders", ADDRESS, [], endpoints=[]))
     machine.run_agent()
-    keeper = register(machine, "orders", "--port", f"main={port}", "--ttl", "2s")
+    keeper = register(machine, "orders", "--port", f"main={port}", "--ttl", "20s")  # longer than any restart
     until(lambda: ready(machine), "registered")
     machine.stop_agent()
     machine.run_agent()
