@@ -26,7 +26,7 @@ from userspace_proxy.relays import relays_of
 from userspace_proxy.requestid import RequestIds
 from userspace_proxy.route import Route, Table, Target
 from userspace_proxy.stats import Stats
-from userspace_proxy.tcp import relay
+from userspace_proxy.tcp import Relay
 from userspace_proxy.wheel import Wheel
 
 
@@ -169,7 +169,7 @@ class Proxy:
                 self._stats.closed(counted, "proxy")
             self.sink(record)
 
-        relay(
+        Relay(
             self.poller,
             connection.transport,
             pick=pick,
