@@ -1,4 +1,4 @@
-"""The connections of one route: which is used next, how many there may be, and who waits. Knows no HTTP.
+"""The connections of one route: how many there may be, who waits, and what becomes of them. Knows no HTTP.
 
 Idle connections are kept per namespace and target, newest first, so that surplus ones age and are closed. Limits are
 those of the policy and count per worker: above `max_connections` a request waits, above `max_pending` it is refused.
@@ -6,14 +6,16 @@ those of the policy and count per worker: above `max_connections` a request wait
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING
 
 from meshbpf.model import ServicePolicy
 from meshbpf.reason import Reason
 from meshbpf.tasks import spawn
+from userspace_proxy.attempt import attempt, begin, connect_failed, dial, wait
+from userspace_proxy.dial import connect
+from userspace_proxy.life import DIALLING, QUEUED
 from userspace_proxy.upstream import Upstream
 from userspace_proxy.wire import spoken
 
@@ -47,40 +49,29 @@ class Pool:
         self.queue_timeout = policy.timeouts.queue
         self._admit()
 
-    def acquire(self, exchange: Exchange) -> None:
-        """Give `exchange` a connection: rather not to the target it avoids, and when it replays, none that was used.
-
-        It hears `begin`, `connect_failed` or `fail`, now or later.
-        """
-        target = self._route.balancer.pick(self._proxy.rnd, exchange.avoid)
-        if target is None and exchange.avoid is not None:
-            target = self._route.balancer.pick(self._proxy.rnd)
-        if target is None:
-            exchange.fail(Reason.NO_HEALTHY_UPSTREAM)
-            return
-        idle = target.idle.get(exchange.down.netns)
-        while idle and not exchange.retried:
-            upstream = idle.pop()
-            if exchange.careful and spoken(upstream.sock):
-                upstream.discard()
-                continue
-            target.active += 1
-            exchange.begin(upstream, target)
-            return
-        if self.pending >= self.max_pending:
+    def connect(self, exchange: Exchange, target: Target) -> None:
+        """No connection to `target` idles: make one, or let `exchange` wait until there is room, or refuse it."""
+        if exchange.state is QUEUED:
+            self._waiting.remove(exchange)
+        elif self.pending >= self.max_pending:
             exchange.fail(Reason.TOO_MANY_PENDING)
+            return
         else:
             self.pending += 1
             if self.open >= self.max_connections and not self._evict():
                 self._waiting.append(exchange)
-                exchange.wait(self.queue_timeout)
-            else:
-                self._dial(exchange, target)
+                wait(exchange, self.queue_timeout)
+                return
+        self.open += 1
+        target.active += 1
+        dial(exchange, target)
+        spawn(self._dial(exchange, target), "dial")
 
     def leave(self, exchange: Exchange) -> None:
         """A waiting exchange waits no more."""
         self._waiting.remove(exchange)
         self.pending -= 1
+        exchange.queue_until = inf
 
     def release(self, upstream: Upstream, now: float) -> None:
         """The answer of `upstream` is complete and it may serve again."""
@@ -99,7 +90,7 @@ class Pool:
                 return
             self.leave(exchange)
             target.active += 1
-            exchange.begin(upstream, target)
+            begin(exchange, upstream, target)
         else:
             idle = target.idle.get(upstream.netns)
             if idle is None:
@@ -136,51 +127,27 @@ class Pool:
         self._admit()
 
     def _admit(self) -> None:
-        """Dial for those that wait, as far as there is room."""
+        """Those that wait have their turn, as far as there is room."""
         while self._waiting and self.open < self.max_connections:
-            exchange = self._waiting[0]
-            pick, rnd = self._route.balancer.pick, self._proxy.rnd
-            target = pick(rnd, exchange.avoid) or pick(rnd)
-            if target is None:
-                self.leave(exchange)
-                exchange.fail(Reason.NO_HEALTHY_UPSTREAM)
-            else:
-                self._waiting.popleft()
-                self._dial(exchange, target)
+            attempt(self._waiting[0])
 
-    def _dial(self, exchange: Exchange, target: Target) -> None:
-        self.open += 1
-        target.active += 1
-        exchange.dial(target)
-        spawn(self._connect(exchange, target), "dial")
-
-    async def _connect(self, exchange: Exchange, target: Target) -> None:
-        proxy = self._proxy
-        netns = exchange.down.netns
-        sock: socket.socket | None = None
-        failed: Reason | None = None
-        try:
-            async with asyncio.timeout(self.connect_timeout or None):
-                sock = proxy.make_socket(netns, socket.AF_INET6 if ":" in target.address else socket.AF_INET)
-                sock.setblocking(False)
-                await proxy.loop.sock_connect(sock, (target.address, target.port))
-            upstream = Upstream(proxy, self, target, netns, sock)
-            proxy.poller.connected(sock, upstream)
-        except TimeoutError:
-            failed = Reason.CONNECT_TIMEOUT
-        except (OSError, KeyError):  # KeyError: the namespace was unlistened while its connection waited
-            failed = Reason.CONNECT_FAILED
+    async def _dial(self, exchange: Exchange, target: Target) -> None:
+        proxy, netns = self._proxy, exchange.down.netns
+        outcome = await connect(proxy.loop, proxy.make_socket, netns, target, self.connect_timeout)
         self.pending -= 1
-        if failed is not None:
-            if sock is not None:
-                sock.close()
+        failed: Reason | None = None
+        if isinstance(outcome, Reason):
+            failed = outcome
             self._ended()
-        elif not upstream.alive:  # accepted and closed at once
-            failed = Reason.CONNECT_FAILED
-        if failed is not None:
-            if exchange.dialling is target:
-                exchange.connect_failed(failed)
-        elif exchange.dialling is target:
-            exchange.begin(upstream, target)
-        else:  # the caller went away meanwhile: somebody else will use it
+        else:
+            upstream = Upstream(proxy, self, target, netns, outcome)
+            proxy.poller.connected(outcome, upstream)
+            if not upstream.alive:  # accepted and closed at once
+                failed = Reason.CONNECT_FAILED
+        if exchange.state is DIALLING and exchange.target is target:
+            if failed is None:
+                begin(exchange, upstream, target)
+            else:
+                connect_failed(exchange, failed)
+        elif failed is None:  # the caller went away meanwhile: somebody else will use it
             self.release(upstream, proxy.clock())

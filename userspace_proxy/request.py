@@ -10,7 +10,7 @@ from userspace_proxy.head import RequestFields, request_fields, request_target
 from userspace_proxy.limits import Limits
 
 if TYPE_CHECKING:
-    from userspace_proxy.downstream import Downstream
+    from userspace_proxy.connection import Connection
     from userspace_proxy.origin import Origin
     from userspace_proxy.route import Route
 
@@ -39,7 +39,7 @@ def read_request(
 
 
 def request_record(
-    down: Downstream, route: Route | None, method: str | None, path: str | None, fields: RequestFields | None = None
+    down: Connection, route: Route | None, method: str | None, path: str | None, fields: RequestFields | None = None
 ) -> Record:
     """The record of a request, as far as its head says it; the head may be one that is refused."""
     service = route.service if route is not None else ""

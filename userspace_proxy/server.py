@@ -1,6 +1,7 @@
 """The proxy of one worker: what all its connections share, its listeners, its mesh, and how it ends.
 
-Composition only: connections are `downstream`, requests `exchange`, endpoints `upstream` and `pool`, TCP `tcp`.
+Composition only: connections are `connection` and `downstream`, requests `exchange`, their tries `attempt`, endpoints
+`upstream` and `pool`, answers `answer`, TCP `tcp`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from meshbpf.model import Mesh, Protocol
 from meshbpf.reason import Reason
 from meshbpf.record import Record
 from userspace_proxy.acceleration import Accelerator
+from userspace_proxy.connection import Connection
 from userspace_proxy.downstream import Downstream
 from userspace_proxy.hello import Hello
 from userspace_proxy.limits import DEFAULT_LIMITS, Limits
@@ -26,7 +28,7 @@ from userspace_proxy.relays import relays_of
 from userspace_proxy.requestid import RequestIds
 from userspace_proxy.route import Route, Table, Target
 from userspace_proxy.stats import Stats
-from userspace_proxy.tcp import relay
+from userspace_proxy.tcp import Relay
 from userspace_proxy.wheel import Wheel
 
 
@@ -66,7 +68,7 @@ class Proxy:
         self.draining = False
         self._stats = stats if stats is not None else Stats()
         self.table = Table(partial(Pool, self), self._stats.in_flight)
-        self._connections: dict[Downstream, str] = {}  # … and the service that each is counted for
+        self._connections: dict[Connection, str] = {}  # … and the service that each is counted for
         self._acceptors: dict[int, list[Acceptor]] = {}
         self._idle: asyncio.Event | None = None
 
@@ -128,17 +130,17 @@ class Proxy:
         """A connection that no connect hook led here."""
         self._stats.verdict(Reason.NO_ORIGIN)
 
-    def opened(self, connection: Downstream) -> None:
+    def opened(self, connection: Connection) -> None:
         route = connection.route
         service = self._connections[connection] = route.service if route is not None else ""
         self._stats.opened("outbound", connection.origin.workload, service, "proxy")
 
-    def closed(self, connection: Downstream) -> None:
+    def closed(self, connection: Connection) -> None:
         service = self._forget(connection)
         if service is not None:
             self._stats.closed(service, "proxy")
 
-    def _forget(self, connection: Downstream) -> str | None:
+    def _forget(self, connection: Connection) -> str | None:
         service = self._connections.pop(connection, None)
         if self._idle is not None and not self._connections:
             self._idle.set()
@@ -147,7 +149,7 @@ class Proxy:
     def attempt(self, service: str, endpoint: str, outcome: str) -> None:
         self._stats.attempt(service, endpoint, outcome)
 
-    def relay(self, connection: Downstream, route: Route, initial: bytes) -> None:
+    def relay(self, connection: Connection, route: Route, initial: bytes) -> None:
         """Hand a connection to the TCP relay, for a port that is not HTTP or a caller that speaks HTTP/2."""
         counted, origin = self._forget(connection), connection.origin
         record = Record(route.service, self.wall(), origin.workload, connection.remote)
@@ -169,7 +171,7 @@ class Proxy:
                 self._stats.closed(counted, "proxy")
             self.sink(record)
 
-        relay(
+        Relay(
             self.poller,
             connection.transport,
             pick=pick,

@@ -8,6 +8,8 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from meshbpf.reason import Reason
+from userspace_proxy.life import ENDED
+from userspace_proxy.reply import CLOSE
 from userspace_proxy.wire import reset, waiting
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ class Tunnel:
         self._up.abort()
 
     def expired(self, now: float) -> float:
-        if self._exchange.ended:
+        if self._exchange.state is ENDED:
             left = waiting(self._down) + waiting(self._up)
             if left and left != self._unsent:  # it is still being taken
                 self._unsent = left
@@ -156,10 +158,15 @@ class Tunnel:
 
     def _finish(self, reason: Reason | None) -> None:
         exchange = self._exchange
-        if exchange.ended:
+        if exchange.state is ENDED:
             return
         self._wheel.at(self, self.now() + self._limits.linger)
         self._upstream.pool.forget(self._upstream)
-        exchange.record.bytes_received += self._caller.moved
-        exchange.record.bytes_sent += self._endpoint.moved
-        exchange.end_tunnel(reason)
+        record = exchange.record
+        record.bytes_received += self._caller.moved
+        record.bytes_sent += self._endpoint.moved
+        record.endpoint_outcome = "ok"
+        record.response_code_details = "via_upstream"
+        if reason is not None:
+            record.reason = reason.word
+        exchange.finish(self.now(), CLOSE, broken=True)

@@ -11,7 +11,10 @@ from math import inf
 from typing import TYPE_CHECKING, cast
 
 from meshbpf.reason import Reason
+from userspace_proxy.answer import open_tunnel, pass_body, pass_head, pass_interim, pass_whole
+from userspace_proxy.attempt import upstream_lost
 from userspace_proxy.body import Dechunker
+from userspace_proxy.connection import UPSTREAM_FULL
 from userspace_proxy.grammar import BARE, CHUNKED, END, UNTIL_CLOSE
 from userspace_proxy.head import AnswerHead, answer_head
 from userspace_proxy.wire import reset
@@ -70,18 +73,18 @@ class Upstream(asyncio.Protocol):
             size = len(data)
             left = self._left = self._left - size
             if left > 0:
-                exchange.body(data, False)
+                pass_body(exchange, data, False)
             elif left == 0:
                 self._complete()
-                exchange.body(data, True)
+                pass_body(exchange, data, True)
             else:
                 self.reusable = False
                 self._complete()
-                exchange.body(data[:left], True)
+                pass_body(exchange, data[:left], True)
         elif stage == CHUNKS:
             self._read_chunks(exchange, None, data)
         else:
-            exchange.body(data, False)
+            pass_body(exchange, data, False)
 
     def _read_head(self, exchange: Exchange, data: bytes) -> None:
         if self._buffer:
@@ -107,11 +110,11 @@ class Upstream(asyncio.Protocol):
                 return
             if answer.status == 101:
                 if answer.websocket and exchange.websocket:
-                    exchange.tunnel(self, answer, data[end:])
+                    open_tunnel(exchange, self, answer, data[end:])
                 else:
                     self._refuse(exchange)
                 return
-            exchange.interim(answer)
+            pass_interim(exchange, answer)
             data = data[end:]
             if not data:
                 return
@@ -128,11 +131,11 @@ class Upstream(asyncio.Protocol):
                     self.reusable = False
                     data = data[: end + length]
                 self.served += 1
-                exchange.whole(answer, data, end)
+                pass_whole(exchange, answer, data, end)
             else:
                 self._stage = LENGTH
                 self._left = -extra
-                exchange.head(answer, length, data[end:], False)
+                pass_head(exchange, answer, length, data[end:], False)
         elif length == CHUNKED:
             self._stage = CHUNKS
             self.chunks = Dechunker(self._proxy.limits.fields)
@@ -140,7 +143,7 @@ class Upstream(asyncio.Protocol):
         else:
             self._stage = CLOSING
             self.reusable = False
-            exchange.head(answer, UNTIL_CLOSE, data[end:], False)
+            pass_head(exchange, answer, UNTIL_CLOSE, data[end:], False)
 
     def _read_chunks(self, exchange: Exchange, answer: AnswerHead | None, data: bytes) -> None:
         """More of a chunked body; with `answer` its head has not been told yet."""
@@ -159,9 +162,9 @@ class Upstream(asyncio.Protocol):
                 self.reusable = False
             self._complete()
         if answer is not None:
-            exchange.head(answer, CHUNKED, payload, done, trailers)
+            pass_head(exchange, answer, CHUNKED, payload, done, trailers)
         elif payload or done:
-            exchange.body(payload, done, trailers)
+            pass_body(exchange, payload, done, trailers)
 
     def _complete(self) -> None:
         self._stage = HEAD
@@ -178,17 +181,18 @@ class Upstream(asyncio.Protocol):
             if self._stage == CLOSING:
                 self.exchange = exchange
                 self._complete()
-                exchange.body(b"", True)
+                pass_body(exchange, b"", True)
             else:
-                exchange.upstream_lost(self, None)
+                upstream_lost(exchange, self)
         self.discard()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        del exc
         self.pool.forget(self)
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
-            exchange.upstream_lost(self, exc)
+            upstream_lost(exchange, self)
 
     def pause_writing(self) -> None:
         if self.exchange is not None:
@@ -221,6 +225,3 @@ class Upstream(asyncio.Protocol):
         if self.exchange is None:
             self.discard()
         return inf
-
-
-UPSTREAM_FULL = 2  # why a caller is not read (see Downstream.hold)

@@ -390,6 +390,44 @@ async def test_waiting_has_an_end(bed: Bed) -> None:
     assert (record.response_flags, record.reason) == ("UO", Reason.TOO_MANY_CONNECTIONS.word)
 
 
+@pytest.mark.parametrize("queue", [3.0, 0.0])
+async def test_a_caller_that_leaves_while_its_request_waits_costs_no_endpoint_a_request(bed: Bed, queue: float) -> None:
+    gate = asyncio.Event()
+
+    async def talk(peer: Peer) -> None:
+        while True:
+            await peer.head()
+            await gate.wait()
+            peer.send(OK)
+
+    endpoint = await bed.endpoint(talk)
+    await bed.serve(endpoint, policy=pool_of(1, 10, queue))
+    first, second, third = [await bed.caller() for _ in range(3)]
+    for count, caller in enumerate((first, second, third)):
+        caller.send(GET)
+        await bed.settle(lambda count=count: bed.route.pool.pending == count and bed.route.pool.open == 1)
+    second.reset()
+    left = await bed.record()
+    assert (left.response_flags, left.attempts) == ("DC", 0) and bed.route.pool.pending == 1
+    gate.set()
+    assert [(await caller.answer())[0] for caller in (first, third)] == [200] * 2
+    assert endpoint.peers[0].seen.count(b"\r\n\r\n") == 2
+
+
+async def test_a_waiting_request_whose_endpoints_leave_is_answered_so(bed: Bed) -> None:
+    endpoint = await bed.endpoint(silent)
+    await bed.serve(endpoint, policy=pool_of(1, 10))
+    first, second = [await bed.caller() for _ in range(2)]
+    first.send(GET)
+    await bed.settle(lambda: bed.route.pool.open == 1 and bed.route.pool.pending == 0)
+    second.send(GET)
+    await bed.settle(lambda: bed.route.pool.pending == 1)
+    bed.proxy.use(bed.mesh(policy=pool_of(1, 10)))
+    endpoint.peers[0].reset()
+    assert (await second.answer())[::2] == (503, b"no healthy upstream")
+    assert bed.route.pool.pending == bed.route.pool.open == 0
+
+
 async def test_room_is_made_by_closing_an_idle_connection_to_another_endpoint(bed: Bed) -> None:
     endpoints = [await bed.endpoint() for _ in range(2)]
     await bed.serve(*endpoints, policy=pool_of(1, 10))

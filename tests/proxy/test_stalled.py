@@ -11,7 +11,7 @@ import pytest
 from meshbpf.model import ConnectionPool, Protocol, ServicePolicy, TcpPool
 from tests.proxy.bed import NETNS, OK, Bed, Peer, never, script, soon
 from tests.proxy.test_mesh import SWITCH, WEBSOCKET
-from userspace_proxy import tcp
+from userspace_proxy import relays
 from userspace_proxy.downstream import Downstream
 from userspace_proxy.limits import Limits
 from userspace_proxy.server import Proxy
@@ -154,9 +154,8 @@ async def test_an_ended_tunnel_whose_rest_nobody_takes_is_given_up(bed: Bed) -> 
 
 
 async def test_an_ended_relay_whose_rest_nobody_takes_is_given_up(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "FLUSH", 0.1, raising=False)
-    for place in ("userspace_proxy.relays.SWEEP_EVERY", "userspace_proxy.tcp.SWEEP_EVERY"):
-        monkeypatch.setattr(place, 0.02, raising=False)
+    monkeypatch.setattr(relays, "FLUSH", 0.1)
+    monkeypatch.setattr(relays, "SWEEP_EVERY", 0.02)
 
     async def talk(peer: Peer) -> None:
         await gate.wait()
@@ -170,7 +169,7 @@ async def test_an_ended_relay_whose_rest_nobody_takes_is_given_up(bed: Bed, monk
     caller = await bed.caller(receive_buffer=4096)
     caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await soon(endpoint.accepted.get())
-    (relay,) = tcp.relays_of(asyncio.get_running_loop())._relays
+    (relay,) = relays.relays_of(asyncio.get_running_loop())._relays
     assert relay.down.transport is not None
     relay.down.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     gate.set()

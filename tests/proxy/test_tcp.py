@@ -20,7 +20,8 @@ from meshbpf.record import Record
 from userspace_proxy.hello import Hello
 from userspace_proxy.poller import Poller
 from userspace_proxy.relays import relays_of
-from userspace_proxy.tcp import HIGH_WATER, Relay, State, relay
+from userspace_proxy.side import HIGH_WATER
+from userspace_proxy.tcp import Relay, State
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the policy fixture, under a newer asyncio
 
@@ -112,7 +113,7 @@ class Harness:
             "policy": policy or ServicePolicy(),
             "attempted": lambda host, outcome: self.failed.append((host, outcome)),
         }
-        return relay(self.poller, downstream, **(options | more))
+        return Relay(self.poller, downstream, **(options | more))
 
     async def accept(self) -> socket.socket:
         sock, _ = await asyncio.wait_for(self.loop.sock_accept(self.server), 5)
