@@ -57,7 +57,7 @@ def test_a_neighbour_that_keeps_us_out(machine: Machine, apps: Path) -> None:
     assert attach(machine, apps).returncode == 0
 
 
-def test_a_neighbour_that_we_switch_off(machine: Machine, apps: Path) -> None:
+def test_a_neighbour_that_we_switch_off(machine: Machine, apps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with foreign.attached(machine.cgroup, foreign.OVERRIDE, *CONNECT) as number:
         done = attach(machine, apps)
         assert done.returncode == 0, done.stderr
@@ -66,8 +66,13 @@ def test_a_neighbour_that_we_switch_off(machine: Machine, apps: Path) -> None:
         row = look(machine)[1]["foreign-programs"]
         assert row["result"] == "warning"
         assert f"neighbour (connect4 on {machine.cgroup}, off for cgroups below that we lead)" in row["detail"]
+        with monkeypatch.context() as instead:
+            instead.setattr(machine, "cgroup", apps)
+            machine.run_agent()
+            assert f"neighbour switched off: {told}" in machine.log()
+            machine.stop_agent()
         assert machine.detach().returncode == 0
-        # `run` leads the machine's own cgroup, where nobody else may be.
+        # Led itself, its cgroup refuses us: nobody else may be there.
         done = machine.run_to_end()
         assert done.returncode == 1
         assert f"program {number} was attached there with BPF_F_ALLOW_OVERRIDE" in done.stderr
