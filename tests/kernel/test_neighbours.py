@@ -19,7 +19,7 @@ import pytest
 from meshbpf.model import ConnectionPool, Endpoint, Mode, TcpPool
 from tests.support import datagrams, foreign, netns
 from tests.support.ground import Ground, Listener, mesh, reached, service, untouched
-from tests.support.machine import until
+from tests.support.machine import until, which
 
 ADDRESS, OTHER = "127.96.11.1", "127.96.11.2"
 SERVICE = (ADDRESS, 80)
@@ -213,12 +213,12 @@ def alone() -> Iterator[None]:
 
 def rules(table: str, *lines: str) -> None:
     for line in lines:
-        subprocess.run(["iptables", "-w", "-t", table, *line.split()], check=True)
+        subprocess.run([which("iptables"), "-w", "-t", table, *line.split()], check=True)
 
 
 def met(table: str) -> dict[str, int]:
     """How many packets met each rule of OUTPUT, by its comment-free text."""
-    done = subprocess.run(["iptables-save", "-c", "-t", table], capture_output=True, text=True, check=True)
+    done = subprocess.run([which("iptables-save"), "-c", "-t", table], capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if " -A OUTPUT " in line]
     return {line.split(" -A OUTPUT ")[1]: int(line[1 : line.index(":")]) for line in lines}
 
