@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loader import libbpf, source
+from loader import environment, libbpf, source
 from meshbpf.errors import DataplaneError, EnvironmentLack
 
 HEADERS = source.BPF / "kernel"
@@ -76,6 +76,10 @@ def compile_and_pin(job: Job) -> dict[str, str]:
             "bcc (Python) is missing",
             "apt-get install python3-bpfcc, and a virtual environment that sees it (make setup)",
         )
+    if "error" in answer and "Operation not permitted" in child.stderr:
+        what = answer["error"].splitlines()[0]
+        older = "; before kernel 5.11, CAP_SYS_RESOURCE is needed too"
+        raise EnvironmentLack(f"{what}: the kernel says EPERM{environment.filtered()}", environment.LET_BPF + older)
     if "error" in answer:
         raise DataplaneError(f"{answer['error']}\n{child.stderr.strip()[-4000:]}")
     refused = {name: f"{error}\n{child.stderr.strip()[-4000:]}" for name, error in answer["refused"].items()}

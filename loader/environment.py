@@ -5,6 +5,7 @@ mounting bpffs when it may.
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import os
 import pwd
 import socket
@@ -18,6 +19,12 @@ from meshbpf.errors import EnvironmentLack
 CAPABILITIES = {12: "CAP_NET_ADMIN", 39: "CAP_BPF", 38: "CAP_PERFMON"}
 CAP_SYS_ADMIN = 21
 TO_SERVE = {21: "CAP_SYS_ADMIN", 19: "CAP_SYS_PTRACE"}  # setns, and looking into /proc/PID/ns
+LET_BPF = (
+    "allow bpf() in the seccomp profile (of a container: --security-opt seccomp=FILE, of a unit: SystemCallFilter=bpf)"
+    " or in the security module's policy"
+)
+WHOLE_TREE = "start the container with --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup"
+OBJ_GET = 7
 SO_NETNS_COOKIE = 71
 SOCK_ADDR, SET_RETVAL = 18, 187  # a program's type, a helper's number
 
@@ -34,6 +41,13 @@ def cgroup2() -> Path:
         if kind == "cgroup2":
             return Path(point)
     raise EnvironmentLack("cgroup2 is not mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def is_namespaced(top: Path) -> bool:
+    """`top` is not the machine's root cgroup but the top of a container's cgroup namespace: it has a type, which a root
+    has not.
+    """
+    return (top / "cgroup.type").exists()
 
 
 def missing_capabilities() -> list[str]:
@@ -62,6 +76,27 @@ def require_capabilities() -> None:
         raise EnvironmentLack(
             f"missing capabilities: {', '.join(missing)}", "run as root (sudo), or grant them to the unit"
         )
+    if refused := bpf_refused():
+        raise EnvironmentLack(refused, LET_BPF)
+
+
+def bpf_refused() -> str:
+    """Why bpf() is refused, to a caller who has the capabilities; empty when it is not. Opening a pin that nobody has
+    needs none of what the kernel itself could refuse.
+    """
+    path = ct.create_string_buffer(os.fsencode(BPFFS / "meshbpf-nobody-has-this"))
+    attr = (ct.c_uint64 * 2)(ct.addressof(path))
+    done = libbpf.libc().syscall(libbpf.SYS_BPF, OBJ_GET, attr, ct.c_uint32(ct.sizeof(attr)))
+    number = ct.get_errno()
+    if done >= 0 or number not in (errno.EPERM, errno.ENOSYS):
+        return ""
+    return f"bpf() is refused with {errno.errorcode[number]} although the capabilities are there{filtered()}"
+
+
+def filtered() -> str:
+    """Words about a seccomp filter on this process, which may be why something is refused; empty without one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return ": this process runs under a seccomp filter" if "Seccomp:\t2" in lines else ""
 
 
 def require_bpffs() -> None:
@@ -107,12 +142,17 @@ def check_cgroup(path: Path, allow_root: bool = False) -> Path:
     tops = [Path(point) for point, kind in mounts() if kind == "cgroup2"]
     resolved = path.resolve()
     if not resolved.is_dir():
-        raise EnvironmentLack(
-            f"cgroup {path} does not exist",
-            f"mkdir {path}, or name a systemd slice, such as {top}/system.slice",
-        )
+        remedy = f"mkdir {path}, or name a systemd slice, such as {top}/system.slice"
+        if is_namespaced(top):
+            remedy = f"to lead callers outside of this container, {WHOLE_TREE}"
+        raise EnvironmentLack(f"cgroup {path} does not exist", remedy)
     if not any(map(resolved.is_relative_to, tops)) or not (resolved / "cgroup.procs").exists():
         raise EnvironmentLack(f"{path} is not a cgroup2 directory", f"choose one below {top}")
+    if resolved in tops and not allow_root and is_namespaced(resolved):
+        raise EnvironmentLack(
+            f"{path} is the top of a container's cgroup namespace: nobody outside of it can be led",
+            f"{WHOLE_TREE}, or say --allow-root-cgroup to lead what runs in this container",
+        )
     if resolved in tops and not allow_root:
         raise EnvironmentLack(
             f"{path} is the machine's root cgroup: every process would be led",

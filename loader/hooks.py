@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from loader import libbpf
+from loader import libbpf, neighbours
 from loader.instance import Instance
 from meshbpf.errors import Busy, DataplaneError
 
@@ -75,10 +75,7 @@ def _attach_hook(hook: str, cgroup: Path, pin: Path, programs: Path) -> None:
         try:
             link = libbpf.link_create(program, target, CGROUP_HOOKS[hook])
         except DataplaneError as error:
-            raise DataplaneError(
-                f"{hook} on {cgroup}: {error}; a program attached there without BPF_F_ALLOW_MULTI refuses others:"
-                f" bpftool cgroup show {cgroup} effective"
-            ) from error
+            raise neighbours.refusal(hook, CGROUP_HOOKS[hook], cgroup, error) from error
         finally:
             os.close(target)
         if pin.exists():

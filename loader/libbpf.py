@@ -19,6 +19,7 @@ ANY, NOEXIST, EXIST = 0, 1, 2
 SYS_BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 280)
 PROG_TEST_RUN = 10
 ENOTSUPP = 524  # the kernel's own, without a name in errno: a map type that knows no batches
+PROGRAMS_OF_A_HOOK = 64  # of one cgroup; the kernel's own limit
 BATCH = 1 << 14  # rows in one call: hundreds of times fewer calls, and still only a few hundred kilobytes
 
 
@@ -70,6 +71,14 @@ def link_update(link: int, program: int) -> None:
 
 def prog_attach(program: int, target: int, attach_type: int) -> None:
     _check(library().bpf_prog_attach(program, target, attach_type, 0), "attach")
+
+
+def prog_query(target: int, attach_type: int) -> tuple[int, list[int]]:
+    """Of the programs on this very cgroup: how they were attached (0 alone, 1 yielding, 2 beside others), their ids."""
+    flags, count, ids = ct.c_uint32(), ct.c_uint32(PROGRAMS_OF_A_HOOK), (ct.c_uint32 * PROGRAMS_OF_A_HOOK)()
+    asked = library().bpf_prog_query(target, attach_type, 0, ct.byref(flags), ids, ct.byref(count))
+    _check(asked, "ask for a hook's programs")
+    return flags.value, list(ids[: count.value])
 
 
 class Map:

@@ -34,7 +34,7 @@ list() {
 		fi
 		;;
 	test)
-		printf '%s\n' curl=curl gcc libc6-dev openssl=openssl prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk
+		printf '%s\n' curl=curl gcc iptables=iptables libc6-dev openssl=openssl prometheus=promtool systemd=systemctl tcpdump=tcpdump wrk=wrk
 		# Real clients and servers of tests/e2e. The JDK, because a JRE cannot start from source; ten seconds to install.
 		printf '%s\n' apache2-bin=apache2 bind9-dnsutils=dig default-jdk-headless=javac dnsmasq-base=dnsmasq haproxy=haproxy \
 			nginx-light=nginx nodejs=node postgresql redis-server=redis-server redis-tools=redis-cli

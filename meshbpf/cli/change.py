@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from loader import dataplane, environment, leftovers
+from loader import dataplane, environment, leftovers, neighbours
 from loader.instance import Instance
 from meshbpf import logs
 from meshbpf.carrier import Carrier, choose
@@ -53,6 +53,8 @@ def attach(
             found[0].set_agent(0, 0)  # onProxyDown is better than a worker that closes what it does not know
             found[0].close()
         dataplane.attach(target, paths, mesh)
+        for line in neighbours.switched_off(paths, dataplane.CGROUP_HOOKS):
+            typer.echo(f"warning: {line}", err=True)
         if found := dataplane.open_pins(target):
             stranded.end(found[0].maps)
             found[0].close()

@@ -35,9 +35,9 @@ def check(
         deadline = time.monotonic() + durations.parse(wait)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--wait") from None
-    machine = facts.machine()
+    machine = facts.machine("" if pre else instance)
     before = findings.machine(machine)
-    may_look = not machine.missing_capabilities
+    may_look = not (machine.missing_capabilities or machine.bpf_refused)
     while True:
         # What the machine is does not change while we wait; the instance does.
         found = before if pre or not may_look else before + findings.instance(facts.instance(instance))

@@ -1,12 +1,10 @@
 """What `meshbpf check` looks at. It only gathers, and changes nothing; `findings` judges. A fact that cannot be had is
-a fact too, with the words why. Foreign programs are read from bpftool, ours are known by their pins.
+a fact too, with the words why.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,43 +18,11 @@ from loader import dataplane, environment, libbpf
 from loader.instance import BPFFS, Instance
 from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import ask
+from meshbpf.cli.around import Neighbours, neighbours
 from meshbpf.errors import EnvironmentLack, MeshError
 from meshbpf.model import OnProxyDown
 
-# bpftool's words for the hooks that we use; newer ones say cgroup_inet4_connect
-OUR_HOOKS = (
-    "connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sock_ops",
-)  # fmt: skip
-LONG_NAMES = {
-    "cgroup_inet4_connect": "connect4",
-    "cgroup_inet6_connect": "connect6",
-    "cgroup_udp4_sendmsg": "sendmsg4",
-    "cgroup_udp6_sendmsg": "sendmsg6",
-    "cgroup_udp4_recvmsg": "recvmsg4",
-    "cgroup_udp6_recvmsg": "recvmsg6",
-    "cgroup_inet4_getpeername": "getpeername4",
-    "cgroup_inet6_getpeername": "getpeername6",
-    "cgroup_sock_ops": "sock_ops",
-}
 TABLES = ("services", "policies", "slots", "endpoints", "flows")
-TOOL_SECONDS = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignProgram:
-    id: int
-    name: str
-    hook: str
-    cgroup: str
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """Programs of others: on our hooks, as sk_msg, and how many on hooks that do not meet ours."""
-
-    hooks: tuple[ForeignProgram, ...] = ()
-    sk_msg: tuple[str, ...] = ()
-    elsewhere: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +49,9 @@ class MachineFacts:
     neighbours: Neighbours | None
     self_test: tuple[SelfTestRow, ...] | None
     self_test_lack: tuple[str, str] = ("", "")
+    namespaced: bool = False  # cgroup2 shows a container's cgroups, not the machine's
+    bpf_refused: str = ""  # why bpf() is refused although the capabilities are there
+    led: bool = False  # the instance that is asked about is attached
     missing_to_serve: tuple[str, ...] = ()  # what `run` lacks for callers in other network namespaces
 
 
@@ -107,14 +76,20 @@ class InstanceFacts:
     proxy_serves: bool = False  # also without its agent: workers outlive it
 
 
-def machine() -> MachineFacts:
+def machine(instance: str = "") -> MachineFacts:
+    """`instance`: only neighbours of what it leads matter, once it leads anything."""
     try:
         top = str(environment.cgroup2())
     except EnvironmentLack:
         top = ""
     missing = tuple(environment.missing_capabilities())
-    tool, around = neighbours(top) if top else ("cgroup2 is not mounted", None)
-    tested, lack = _self_test(missing)
+    refused = "" if missing else environment.bpf_refused()
+    led = _led(instance)
+    if refused or not top:
+        tool, around = ("bpf() is refused" if refused else "cgroup2 is not mounted"), None
+    else:
+        tool, around = neighbours(top, led)
+    tested, lack = _self_test(missing, refused)
     return MachineFacts(
         release=os.uname().release,
         btf=Path("/sys/kernel/btf/vmlinux").exists(),
@@ -128,8 +103,19 @@ def machine() -> MachineFacts:
         neighbours=around,
         self_test=tested,
         self_test_lack=lack,
+        namespaced=bool(top) and environment.is_namespaced(Path(top)),
+        bpf_refused=refused,
+        led=bool(led),
         missing_to_serve=tuple(environment.missing_to_serve()),
     )
+
+
+def _led(instance: str) -> Sequence[str]:
+    try:
+        led: Sequence[str] = Instance(instance).read_state().get("cgroups", ()) if instance else ()
+    except PermissionError:  # somebody else's
+        return ()
+    return led
 
 
 @cache
@@ -147,9 +133,10 @@ def _libbpf() -> str:
     return ""
 
 
-def _self_test(missing: Sequence[str]) -> tuple[tuple[SelfTestRow, ...] | None, tuple[str, str]]:
-    if missing:
-        return None, ("not run: it needs the capabilities above", "run as root (sudo)")
+def _self_test(missing: Sequence[str], refused: str) -> tuple[tuple[SelfTestRow, ...] | None, tuple[str, str]]:
+    if missing or refused:
+        remedy = environment.LET_BPF if refused else "run as root (sudo)"
+        return None, ("not run: it needs the capabilities above", remedy)
     from loader import selftest  # late: no other command needs the trials
 
     try:
@@ -159,59 +146,6 @@ def _self_test(missing: Sequence[str]) -> tuple[tuple[SelfTestRow, ...] | None, 
     except MeshError as error:
         return None, (f"not run: {str(error).splitlines()[0]}", "none needed: the proxy goes by plain TCP")
     return tuple(SelfTestRow(row.id, row.ok, row.detail, row.remedy) for row in checks), ("", "")
-
-
-def neighbours(top: str) -> tuple[str, Neighbours | None]:
-    """(bpftool's version, or why it cannot be used; what it found)."""
-    if shutil.which("bpftool") is None:
-        return "not installed", None
-    try:
-        version = str(_bpftool("version")["version"])
-        links, programs = _bpftool("-f", "link"), _bpftool("-f", "prog")
-        tree = _bpftool("cgroup", "tree", top)
-    except MeshError as error:
-        return str(error), None
-    return version, others(links, programs, tree)
-
-
-def _bpftool(*arguments: str) -> Any:
-    done = subprocess.run(
-        ["bpftool", "-j", *arguments], capture_output=True, text=True, check=False, timeout=TOOL_SECONDS
-    )
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        answer = {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]}
-    if isinstance(answer, dict) and "error" in answer:
-        raise MeshError(str(answer["error"]))
-    return answer
-
-
-def others(links: Any, programs: Any, tree: Any) -> Neighbours:
-    """Who is not us, from bpftool's three lists. Pure."""
-    prefix = f"{BPFFS}/meshbpf/"
-
-    def pinned_by_us(entry: Mapping[str, Any]) -> bool:
-        return any(str(path).startswith(prefix) for path in entry.get("pinned", ()))
-
-    ours = {link["prog_id"] for link in links if "prog_id" in link and pinned_by_us(link)}
-    ours |= {program["id"] for program in programs if pinned_by_us(program)}
-    hooks, elsewhere = [], 0
-    for group in tree:
-        for program in group.get("programs", ()):
-            hook = LONG_NAMES.get(program["attach_type"], program["attach_type"])
-            if program["id"] in ours:
-                continue
-            if hook in OUR_HOOKS:
-                hooks.append(ForeignProgram(program["id"], program.get("name", ""), hook, group["cgroup"]))
-            else:
-                elsewhere += 1
-    sk_msg = [
-        str(program.get("name") or program["id"])
-        for program in programs
-        if program.get("type") == "sk_msg" and program["id"] not in ours
-    ]
-    return Neighbours(tuple(hooks), tuple(sk_msg), elsewhere)
 
 
 def instance(name: str) -> InstanceFacts:

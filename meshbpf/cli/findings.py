@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from loader.environment import LET_BPF, WHOLE_TREE
 from meshbpf.cli.facts import InstanceFacts, MachineFacts
 from meshbpf.cli.output import counted
 
@@ -39,6 +40,7 @@ CATALOGUE: Mapping[str, str] = {
     "libbpf": "tools",
     "bpftool": "tools",
     "foreign-programs": "neighbours",
+    "exclusive-hook": "neighbours",
     "foreign-sk-msg": "neighbours",
     "self-test": ACCELERATION,
     "attached": "instance",
@@ -86,7 +88,7 @@ def machine(facts: MachineFacts) -> list[Finding]:
             "btf", facts.btf, "/sys/kernel/btf/vmlinux", "no /sys/kernel/btf/vmlinux: no order proof, so no redirect",
             "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y (all of Debian's and Ubuntu's are)", Result.WARNING,
         ),
-        _judge("cgroup2", bool(facts.cgroup2), facts.cgroup2, "not mounted", "mount -t cgroup2 none /sys/fs/cgroup"),
+        _cgroup2(facts),
         _judge(
             "bpffs", facts.bpffs, "/sys/fs/bpf",
             "not mounted at /sys/fs/bpf", "mount -t bpf -o mode=0700 bpf /sys/fs/bpf",
@@ -107,10 +109,20 @@ def machine(facts: MachineFacts) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _cgroup2(facts: MachineFacts) -> Finding:
+    if facts.namespaced:
+        inside = f"{facts.cgroup2} is the top of a container's cgroup namespace: nobody outside of it can be led"
+        return Finding("cgroup2", Result.WARNING, inside, WHOLE_TREE)
+    mount = "mount -t cgroup2 none /sys/fs/cgroup"
+    return _judge("cgroup2", bool(facts.cgroup2), facts.cgroup2, "not mounted", mount)
+
+
 def _capabilities(facts: MachineFacts) -> Finding:
     if facts.missing_capabilities:
         missing = ", ".join(facts.missing_capabilities)
         return Finding("capabilities", Result.ERROR, f"missing: {missing}", "run as root (sudo)")
+    if facts.bpf_refused:
+        return Finding("capabilities", Result.ERROR, facts.bpf_refused, LET_BPF)
     if facts.missing_to_serve:
         missing = ", ".join(facts.missing_to_serve)
         return Finding(
@@ -123,15 +135,27 @@ def _capabilities(facts: MachineFacts) -> Finding:
 def _neighbours(facts: MachineFacts) -> list[Finding]:
     if facts.neighbours is None:
         remedy = "apt-get install bpftool (Ubuntu: linux-tools-generic), and run as root"
+        if facts.bpf_refused:
+            remedy = LET_BPF
         return [Finding("bpftool", Result.WARNING, f"{facts.bpftool}: other programs cannot be listed", remedy)]
     found = facts.neighbours
-    hooks = [f"{each.name or each.id} ({each.hook} on {each.cgroup})" for each in found.hooks]
-    quiet = f"none on our hooks; {found.elsewhere} on others, which do not meet ours"
+    hooks = [str(each) for each in found.hooks if each.mode]
+    alone = [each for each in found.hooks if not each.mode]
+    # With an instance attached nothing of it is undone; without, nothing can be attached anywhere.
+    hopeless = not facts.led and any(each.cgroup == facts.cgroup2 for each in alone)
+    quiet = f"none that meets ours; {found.elsewhere} on other hooks or cgroups"
     return [
         Finding("bpftool", Result.OK, facts.bpftool),
         _judge(
             "foreign-programs", not hooks, quiet, f"{len(hooks)} on our hooks: {_listed(hooks)}",
-            "attach to a cgroup they do not cover, or turn off that product's socket load balancing", Result.WARNING,
+            "none needed if it is above ours and no endpoint is a service's address of its own; else attach to another"
+            " cgroup, or turn off its socket load balancing", Result.WARNING,
+        ),
+        _judge(
+            "exclusive-hook", not alone, "nobody keeps others out",
+            f"{_listed(list(map(str, alone)))}: lets no other in on its cgroup and below",
+            "have it attached with BPF_F_ALLOW_MULTI or by link, or attach to a cgroup that is not below it",
+            Result.ERROR if hopeless else Result.WARNING,
         ),
         _judge(
             "foreign-sk-msg", not found.sk_msg, "none", f"{_listed(list(found.sk_msg))}: another sockmap user",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loader import dataplane
+from loader import dataplane, neighbours
 from loader.dataplane import Dataplane
 from loader.events import Events
 from loader.instance import Instance
@@ -202,6 +202,8 @@ class Agent:
         self.plane.set_agent(self._port, self._exempt)
         self._carried = dataplane.lead(self._prepared)
         self._prepared = None
+        for line in neighbours.switched_off(self.options.cgroups, dataplane.CGROUP_HOOKS):
+            log.warning("neighbour switched off: %s", line)
         self._serve_all()
         for orphan in self._orphans:
             spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from loader import dataplane
-from meshbpf.errors import DataplaneError
+from loader import dataplane, neighbours
+from meshbpf.errors import Busy
 from tests.support import bpftool, foreign
 from tests.support.ground import Ground, Listener, mesh, reached, service
 from tests.support.machine import until
@@ -51,14 +51,69 @@ def test_a_neighbour_stays(ground: Ground, kind: int, hook: int, flags: int | No
 
 
 @pytest.mark.parametrize(("kind", "hook"), HOOKS)
-def test_a_neighbour_that_wants_to_be_alone(ground: Ground, kind: int, hook: int) -> None:
-    """Attached exclusively: we cannot come in, say where and how to look, and leave nothing half-done."""
+@pytest.mark.parametrize("above", [False, True], ids=["there", "above"])
+def test_a_neighbour_that_wants_to_be_alone(ground: Ground, kind: int, hook: int, above: bool) -> None:
+    """Attached exclusively: we cannot come in there or below, say who it is and how to look, and leave nothing
+    half-done.
+    """
+    ours = ground.child("below") if above else ground.cgroup
     with foreign.attached(ground.cgroup, foreign.EXCLUSIVE, kind, hook) as neighbour:
-        with pytest.raises(DataplaneError, match=f"on {ground.cgroup}: .*bpftool cgroup show"):
-            ground.attach(mesh(service("orders", ADDRESS)))
+        said = f"on {ours}: program {neighbour} was attached exclusively to {ground.cgroup}: .*"
+        with pytest.raises(Busy, match=f"{said}\n.*bpftool prog show id {neighbour}"):
+            ground.attach(mesh(service("orders", ADDRESS)), ours)
         assert programs(ground) == {neighbour}
         assert not ground.instance.pins.exists()
-    ground.attach(mesh(service("orders", ADDRESS)))
+    ground.attach(mesh(service("orders", ADDRESS)), ours)
+
+
+def test_a_neighbour_that_comes_later_and_wants_to_be_alone_above(ground: Ground) -> None:
+    """We were first: we go on and can be upgraded, and it is told to nobody but us that it does not run below."""
+    ours = ground.child("below")
+    with Listener() as a:
+        wanted = mesh(service("orders", ADDRESS, a.endpoint()))
+        ground.attach(wanted, ours)
+        denying = foreign.denies((a.address, a.port))
+        with foreign.attached(
+            ground.cgroup, foreign.EXCLUSIVE, foreign.CGROUP_SOCK_ADDR, foreign.INET4_CONNECT, denying
+        ) as late:
+            ground.attach(wanted, ours)
+            with ground.client(cgroup=ours) as sock:
+                sock.connect((ADDRESS, 80))
+                assert reached(a) is a
+            (line,) = neighbours.switched_off([ours], dataplane.CGROUP_HOOKS)
+            assert line.startswith(f"program {late} on {ground.cgroup} does not run for connect4 of {ours}:")
+            with ground.client() as sock, pytest.raises(PermissionError):
+                sock.connect((a.address, a.port))
+
+
+def test_a_neighbour_that_yields(ground: Ground) -> None:
+    """Attached above with BPF_F_ALLOW_OVERRIDE: it lets us in, and then the kernel runs it no more for what we lead."""
+    ours, other = ground.child("ours"), ground.child("other")
+    with Listener() as a:
+        denying = foreign.denies((a.address, a.port))
+        with foreign.attached(
+            ground.cgroup, foreign.OVERRIDE, foreign.CGROUP_SOCK_ADDR, foreign.INET4_CONNECT, denying
+        ) as neighbour:
+            ground.attach(mesh(service("orders", ADDRESS, a.endpoint())), ours)
+            (line,) = neighbours.switched_off([ours], dataplane.CGROUP_HOOKS)
+            assert line.startswith(f"program {neighbour} on {ground.cgroup} does not run for connect4 of {ours}:")
+            with ground.client(cgroup=ours) as sock:
+                sock.connect((ADDRESS, 80))
+                assert reached(a) is a
+            with ground.client(cgroup=other) as sock, pytest.raises(PermissionError):
+                sock.connect((a.address, a.port))
+            dataplane.detach(ground.instance)
+            with ground.client(cgroup=ours) as sock, pytest.raises(PermissionError):
+                sock.connect((a.address, a.port))
+            with pytest.raises(Busy, match=f"program {neighbour} was attached there with BPF_F_ALLOW_OVERRIDE"):
+                ground.attach(mesh(service("orders", ADDRESS)))
+
+
+def test_neighbours_that_stand_beside_are_not_switched_off(ground: Ground) -> None:
+    ours = ground.child("ours")
+    with foreign.attached(ground.cgroup, None, foreign.CGROUP_SOCK_ADDR, foreign.INET4_CONNECT):
+        ground.attach(mesh(service("orders", ADDRESS)), ours)
+        assert list(neighbours.switched_off([ours], dataplane.CGROUP_HOOKS)) == []
 
 
 def test_a_neighbour_keeps_the_callbacks_it_asked_for(ground: Ground) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 from loader import libbpf
 
 CGROUP_SOCK_ADDR, SOCK_OPS = 18, 13
-INET4_CONNECT, CGROUP_SOCK_OPS = 10, 3
-EXCLUSIVE, MULTI = 0, 2
+INET4_CONNECT, INET4_GETPEERNAME, UDP4_SENDMSG, CGROUP_SOCK_OPS = 10, 29, 14, 3
+EXCLUSIVE, OVERRIDE, MULTI, PREORDER = 0, 1, 2, 64
 
 
 def op(code: int, to: int = 0, of: int = 0, jump: int = 0, value: int = 0) -> bytes:
@@ -36,6 +37,36 @@ WANTS_ONLY_ROUND_TRIPS = (
 )  # fmt: skip
 
 
+def _address(ip: str) -> int:
+    """As a program finds it in `user_ip4`, and signed, as an instruction holds it."""
+    return int(struct.unpack("=i", socket.inet_aton(ip))[0])
+
+
+def translates(old: tuple[str, int], new: tuple[str, int]) -> bytes:
+    """What a socket load balancer does at connect() or sendmsg(), and backwards at getpeername(): one address for
+    another. Programs that keep no book, so that a test sees every step.
+    """
+    write = b"".join(
+        op(0xB4, 3, value=value) + op(0x63, 1, 3, jump=field)
+        for field, value in ((4, _address(new[0])), (24, socket.htons(new[1])))
+    )
+    skip = len(write) // 8
+    return (
+        op(0x61, 2, 1, jump=4) + op(0x56, 2, jump=skip + 2, value=_address(old[0]))
+        + op(0x61, 2, 1, jump=24) + op(0x56, 2, jump=skip, value=socket.htons(old[1]))
+        + write + PASS
+    )  # fmt: skip
+
+
+def denies(place: tuple[str, int]) -> bytes:
+    """A policy of calls: EPERM for this destination."""
+    return (
+        op(0x61, 2, 1, jump=4) + op(0x56, 2, jump=4, value=_address(place[0]))
+        + op(0x61, 2, 1, jump=24) + op(0x56, 2, jump=2, value=socket.htons(place[1]))
+        + op(0xB7, 0, value=0) + op(0x95) + PASS
+    )  # fmt: skip
+
+
 def load(kind: int, attach_type: int, code: bytes = PASS) -> int:
     options = struct.pack("=Qii", 16, 0, attach_type)  # struct bpf_prog_load_opts, as much of it as we use
     fd = libbpf.library().bpf_prog_load(kind, b"neighbour", b"GPL", code, ct.c_size_t(len(code) // 8), options)
@@ -53,7 +84,9 @@ def attached(cgroup: Path, flags: int | None, kind: int, attach_type: int, code:
         if flags is None:
             link = libbpf.link_create(program, target, attach_type)
         else:
-            assert libbpf.library().bpf_prog_attach(program, target, attach_type, flags) == 0
+            done = libbpf.library().bpf_prog_attach(program, target, attach_type, flags)
+            if done != 0:
+                raise OSError(-done, os.strerror(-done))
         yield number(program)
         if flags is not None:
             assert libbpf.library().bpf_prog_detach2(program, target, attach_type) == 0

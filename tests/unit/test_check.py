@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from meshbpf.cli import facts, findings
-from meshbpf.cli.facts import CgroupFacts, ForeignProgram, InstanceFacts, MachineFacts, Neighbours, SelfTestRow
+from meshbpf.cli import around, findings
+from meshbpf.cli.around import ForeignProgram, Neighbours
+from meshbpf.cli.facts import CgroupFacts, InstanceFacts, MachineFacts, SelfTestRow
 from meshbpf.cli.findings import Finding, Result
 
 GOOD = MachineFacts(
@@ -21,6 +22,8 @@ LIVING = InstanceFacts(
     "default", True, (CgroupFacts("/sys/fs/cgroup/apps", True, True),), 3, 1, (("slots", 10, 100),), AGENT
 )
 FOREIGN = ForeignProgram(9, "cil_sock4_connect", "connect4", "/sys/fs/cgroup")
+ALONE_ON_TOP = replace(FOREIGN, mode="")
+ALONE = replace(ALONE_ON_TOP, cgroup="/sys/fs/cgroup/theirs")
 
 
 def worst(found: list[Finding]) -> dict[str, Result]:
@@ -42,12 +45,18 @@ def test_a_good_machine_has_nothing_to_say() -> None:
         ({"release": "strange"}, "kernel-version", Result.ERROR),
         ({"btf": False}, "btf", Result.WARNING),
         ({"cgroup2": ""}, "cgroup2", Result.ERROR),
+        ({"namespaced": True}, "cgroup2", Result.WARNING),
         ({"bpffs": False}, "bpffs", Result.ERROR),
         ({"netns_cookies": False}, "netns-cookies", Result.WARNING),
         ({"bcc": "No module named 'bcc'"}, "bcc", Result.ERROR),
         ({"libbpf": "libbpf is missing"}, "libbpf", Result.ERROR),
         ({"neighbours": None, "bpftool": "not installed"}, "bpftool", Result.WARNING),
         ({"neighbours": Neighbours(hooks=(FOREIGN,))}, "foreign-programs", Result.WARNING),
+        ({"neighbours": Neighbours(hooks=(replace(FOREIGN, mode="override"),))}, "foreign-programs", Result.WARNING),
+        ({"neighbours": Neighbours(hooks=(ALONE,))}, "exclusive-hook", Result.WARNING),
+        ({"neighbours": Neighbours(hooks=(ALONE_ON_TOP,))}, "exclusive-hook", Result.ERROR),
+        ({"neighbours": Neighbours(hooks=(ALONE_ON_TOP,)), "led": True}, "exclusive-hook", Result.WARNING),
+        ({"bpf_refused": "bpf() is refused with EPERM"}, "capabilities", Result.ERROR),
         ({"neighbours": Neighbours(sk_msg=("theirs",))}, "foreign-sk-msg", Result.WARNING),
         ({"self_test": None, "self_test_lack": ("not run", "do it")}, "self-test", Result.WARNING),
         ({"self_test": (SelfTestRow("order", False, "out of order", "off"),)}, "redirect-order", Result.WARNING),
@@ -101,9 +110,24 @@ def test_programs_behind_our_pins_are_not_foreign() -> None:
     tree = [
         {"cgroup": "/a", "programs": [{"id": 11, "attach_type": "connect4", "name": "connect4"}]},
         {"cgroup": "/b", "programs": [{"id": 31, "attach_type": "cgroup_inet4_connect", "name": "other"}]},
-        {"cgroup": "/b", "programs": [{"id": 33, "attach_type": "cgroup_udp6_sendmsg", "name": "datagrams"}]},
+        {
+            "cgroup": "/b",
+            "programs": [{"id": 33, "attach_type": "cgroup_udp6_sendmsg", "name": "mine", "attach_flags": ""}],
+        },
         {"cgroup": "/c", "programs": [{"id": 32, "attach_type": "device"}]},
+        {"cgroup": "/c", "programs": [{"id": 34, "attach_type": "cgroup_inet_sock_release"}]},
     ]
-    around = facts.others(links, programs, tree)
-    hooks = (ForeignProgram(31, "other", "connect4", "/b"), ForeignProgram(33, "datagrams", "sendmsg6", "/b"))
-    assert around == Neighbours(hooks, ("theirs",), 1)
+    around_us = around.others(links, programs, tree)
+    other, mine = ForeignProgram(31, "other", "connect4", "/b"), ForeignProgram(33, "mine", "sendmsg6", "/b", mode="")
+    assert around_us == Neighbours((other, mine, ForeignProgram(34, "", "sock_release", "/c")), ("theirs",), 1)
+    assert (str(mine), str(replace(mine, name=""))) == ("mine (sendmsg6 on /b)", "33 (sendmsg6 on /b)")
+
+
+@pytest.mark.parametrize(
+    ("led", "meets"),
+    [([], True), (["/a/b"], True), (["/a"], True), (["/a/b/c"], True), (["/a/c"], False), (["/a/bc", "/a/b/d"], True)],
+)
+def test_programs_above_and_below_what_is_led_are_neighbours(led: list[str], meets: bool) -> None:
+    tree = [{"cgroup": "/a/b", "programs": [{"id": 31, "attach_type": "connect4", "name": "other"}]}]
+    found = around.others([], [], tree, led)
+    assert (len(found.hooks), found.elsewhere) == ((1, 0) if meets else (0, 1))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from meshbpf.cli import calls, changes, check, columns, diff, explain, findings, inside, layout, maps, status
-from meshbpf.cli.facts import CgroupFacts, ForeignProgram, InstanceFacts, MachineFacts, Neighbours, SelfTestRow
+from meshbpf.cli.around import ForeignProgram, Neighbours
+from meshbpf.cli.facts import CgroupFacts, InstanceFacts, MachineFacts, SelfTestRow
 from meshbpf.cli.layout import Screen
 from meshbpf.model import (
     Agent,
@@ -100,7 +101,13 @@ BAD_MACHINE = MachineFacts(
     release="5.4.0-150-generic", btf=False, cgroup2="", bpffs=True, missing_capabilities=(), netns_cookies=False,
     bcc="No module named 'bcc'", libbpf="", bpftool="7.1.0", self_test=None,
     self_test_lack=("not run: no BTF", "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
-    neighbours=Neighbours((ForeignProgram(9, "cil_sock4_connect", "connect4", "/sys/fs/cgroup"),), ("theirs",), 3),
+    neighbours=Neighbours(
+        (
+            ForeignProgram(9, "cil_sock4_connect", "connect4", "/sys/fs/cgroup"),
+            ForeignProgram(8, "only_me", "sock_ops", "/sys/fs/cgroup/shop.slice", mode=""),
+        ),
+        ("theirs",), 3,
+    ),
 )  # fmt: skip
 AGENT = {"pid": 4711, "ready": 2, "workers": 2, "error": "", "sources": [{"name": "files", "error": ""}]}
 INSTANCE = InstanceFacts(
