@@ -19,7 +19,7 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
 from meshbpf.cli.output import counted
-from meshbpf.errors import EnvironmentLack, MeshError, NotFound
+from meshbpf.errors import CannotRun, EnvironmentLack, MeshError, NotFound
 from meshbpf.runtime import cgroup
 
 
@@ -123,7 +123,7 @@ def execute(
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        raise MeshError(f"cannot run {command[0]}: {error.strerror}") from error
+        raise CannotRun(command[0], error) from error
 
 
 def detach(

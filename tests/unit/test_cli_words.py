@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,21 @@ def test_an_absolute_cgroup_that_is_none_hears_of_relative_names(monkeypatch: py
         EnvironmentLack, match=r"choose one below /mnt; a name without a leading / is below the cgroup2"
     ):
         options.cgroups([Path("/")], False)
+
+
+@pytest.mark.parametrize(("mode", "code"), [(None, 127), (0o644, 126)])
+def test_exec_of_what_does_not_start_ends_as_env_does(
+    mode: int | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "program"
+    if mode is not None:
+        program.write_text("#!/bin/sh\n")
+        program.chmod(mode)
+    monkeypatch.setattr("meshbpf.cli.change.environment.cgroup2", lambda: tmp_path / "mount")
+    monkeypatch.setattr("meshbpf.cli.change.cgroup.join", lambda _cgroup: None)
+    assert ended(monkeypatch, ["exec", "--cgroup", "shop", "--", str(program)]) == code
+    assert capsys.readouterr().err.startswith(f"meshbpf: cannot run {program}: ")
+    assert subprocess.run(["env", str(program)], check=False, capture_output=True).returncode == code
 
 
 def test_one_and_many() -> None:
