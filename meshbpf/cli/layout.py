@@ -18,7 +18,7 @@ LONG = 40  # a word up to this length, such as a pod's uid, is not broken to sav
 RED, YELLOW, GREEN, BOLD = "31", "33", "32", "1"
 MOODS: Mapping[str, str] = {
     "ok": GREEN, "ready": GREEN, "warning": YELLOW, "WARNING": YELLOW, "draining": YELLOW, "error": RED, "ERROR": RED,
-    "not_in_kernel": RED, "added": GREEN, "changed": YELLOW, "removed": RED,
+    "not_in_kernel": RED, "RESTART": YELLOW, "added": GREEN, "changed": YELLOW, "removed": RED,
 }  # fmt: skip
 
 

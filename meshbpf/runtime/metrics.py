@@ -93,6 +93,7 @@ class Metrics:
             "generation": agent.following.mesh.generation,
             "sources": self._sources.report(),
             "error": self._trouble(),
+            "restart": agent.following.waiting,
             "namespaces": len(agent.namespaces.served),
             "endpoints": self._endpoints(),
         }

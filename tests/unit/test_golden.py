@@ -66,6 +66,7 @@ WELL: dict[str, Any] = {
         {"name": "registry", "services": 194, "age_seconds": 2.4, "stale_seconds": 0.0, "error": ""},
     ],
     "error": "",
+    "restart": [],
     "maps": FILLS[:2] + FILLS[3:],
     "warnings": [],
 }  # fmt: skip
@@ -78,9 +79,12 @@ ILL: dict[str, Any] = {
         WELL["sources"][1],
     ],
     "error": "orders left out: does not fit into map slots: raise Agent.spec.maps.slots",
+    "restart": ["registries", "maps"],
     "maps": FILLS,
     "warnings": status.warnings([("slots", 218_000, 262_144)]),
 }
+REFUSED: dict[str, Any] = {**WELL, "sources": ILL["sources"]}
+WAITING: dict[str, Any] = {**WELL, "restart": ["proxy"]}
 DOWN: dict[str, Any] = {
     **WELL,
     "agent": None,
@@ -238,6 +242,7 @@ SCENES: dict[str, Callable[[Screen], str]] = {
     "status": lambda screen: status.text(WELL, screen),
     "status-ill": lambda screen: status.text(ILL, screen),
     "status-no-agent": lambda screen: status.text(DOWN, screen),
+    "status-brief": lambda _screen: "\n".join(map(status.in_brief, (WELL, REFUSED, WAITING, ILL, DOWN))),
     "check": checked(MACHINE, INSTANCE),
     "check-bad": checked(BAD_MACHINE, BAD_INSTANCE),
     "services": listed(columns.SERVICES, SERVICES),
@@ -271,9 +276,9 @@ def test_to_the_letter(scene: str, width: int) -> None:
 
 @pytest.mark.parametrize(("scene", "width"), CASES)
 def test_it_fits(scene: str, width: int) -> None:
-    """But for -o wide, which leaves nothing out, and so may be wider than a narrow screen."""
+    """But for -o wide, which leaves nothing out, and so may be wider than a narrow screen, and --brief: one line."""
     lines = SCENES[scene](Screen(width)).splitlines()
-    if not scene.endswith("-wide"):
+    if not scene.endswith(("-wide", "-brief")):
         assert max(map(len, lines)) <= width
     assert [line for line in lines if line != line.rstrip()] == []
 
@@ -282,7 +287,7 @@ def test_it_fits(scene: str, width: int) -> None:
 def test_colours_change_nothing_but_colours(scene: str, width: int) -> None:
     painted = SCENES[scene](Screen(width, colour=True))
     assert re.sub(r"\x1b\[\d+m", "", painted) == SCENES[scene](Screen(width))
-    assert "\x1b[" in painted or scene == "diff-nothing"
+    assert "\x1b[" in painted or scene in ("diff-nothing", "status-brief")
 
 
 def test_no_golden_file_is_left_over() -> None:
