@@ -190,6 +190,8 @@ async def register(
 ) -> int:
     """Keep `wanted` registered until a signal or the end of `command`; the exit code. Owns SIGTERM, SIGINT, SIGHUP."""
     keeper = Keeper(client, wanted, say)
+    for note in wanted.notes:
+        say(note)
     with _signals() as signals:
         if command:
             return await _beside_command(keeper, command, signals, say)
