@@ -11,7 +11,7 @@ from meshbpf.carrier import choose
 from meshbpf.cli.calls import names
 from meshbpf.errors import NotFound
 from meshbpf.model import EndpointState, Mesh, Port, Service
-from meshbpf.schema.fields import meant
+from meshbpf.schema.words import meant
 
 
 def find(mesh: Mesh, text: str) -> Service:
