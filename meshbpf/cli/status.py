@@ -14,9 +14,9 @@ from loader.instance import Instance
 from meshbpf.carrier import Carrier
 from meshbpf.cli import ask, calls, columns, layout, output, view
 from meshbpf.cli.findings import nearly_full
-from meshbpf.cli.layout import Screen
+from meshbpf.cli.layout import Screen, age
 from meshbpf.cli.options import InstanceName, Output
-from meshbpf.cli.output import age, counted
+from meshbpf.cli.output import counted
 from meshbpf.cli.read import opened
 from meshbpf.model import Mesh
 

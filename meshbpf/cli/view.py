@@ -98,6 +98,8 @@ def endpoints(
                         "ok": seen.get("ok"),
                         "failed": seen.get("failed"),
                         "last_error": seen.get("last_error"),
+                        "last_error_seconds": seen.get("last_error_seconds"),
+                        "failing": seen.get("failing"),
                         "zone": endpoint.zone,
                         "source": endpoint.source,
                     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,14 @@ SERVICES = [
 ENDPOINTS = [
     {
         "service": "orders.checkout", "endpoint": endpoint, "port": "http", "state": state, "weight": weight, "ok": ok,
-        "failed": failed, "last_error": last, "zone": zone, "source": source,
+        "failed": failed, "last_error": last, "last_error_seconds": ago, "failing": ago == 3.2, "zone": zone,
+        "source": source,
     }
-    for endpoint, state, weight, ok, failed, last, zone, source in (
-        ("198.18.77.21:8080", "ready", 100, 69, 0, None, "a", "registry"),
-        ("198.18.77.22:8080", "draining", 50, 12_345_678, 3, "upstream_reset", "b", "registry"),
-        ("198.18.77.23:8080", "ready", 100, 0, 41, "connect_failed", "", "/etc/meshbpf/shop.yaml:40:7"),
-        ("[fd00:9::23]:8080", "not_in_kernel", 0, None, None, None, "", "registry"),
+    for endpoint, state, weight, ok, failed, last, ago, zone, source in (
+        ("198.18.77.21:8080", "ready", 100, 69, 0, None, None, "a", "registry"),
+        ("198.18.77.22:8080", "draining", 50, 12_345_678, 3, "upstream_reset", 93_784.5, "b", "registry"),
+        ("198.18.77.23:8080", "ready", 100, 0, 41, "connect_failed", 3.2, "", "/etc/meshbpf/shop.yaml:40:7"),
+        ("[fd00:9::23]:8080", "not_in_kernel", 0, None, None, None, None, "", "registry"),
     )
 ]  # fmt: skip
 OPEN = [
@@ -244,6 +246,7 @@ SCENES: dict[str, Callable[[Screen], str]] = {
     "status-no-agent": lambda screen: status.text(DOWN, screen),
     "status-brief": lambda _screen: "\n".join(map(status.in_brief, (WELL, REFUSED, WAITING, ILL, DOWN))),
     "check": checked(MACHINE, INSTANCE),
+    "check-endpoints": checked(MACHINE, replace(INSTANCE, failing=tuple(ENDPOINTS[1:3]))),
     "check-bad": checked(BAD_MACHINE, BAD_INSTANCE),
     "services": listed(columns.SERVICES, SERVICES),
     "services-wide": listed(columns.SERVICES, SERVICES, True),
