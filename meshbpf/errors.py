@@ -4,6 +4,7 @@ MeshError
 ├── ConfigError      a configuration that cannot be used; names file:line:column          exit 65
 ├── EnvironmentLack  this machine lacks something; names it and its remedy                exit 69
 ├── NotFound         the named service or instance is unknown                             exit 1
+├── CannotRun        the command we were to become or to start cannot be run              exit 127 or 126
 └── DataplaneError   the kernel refused something we asked of it                          exit 1
     ├── MapFull      a table is full; names the field of `Agent.spec.maps` to raise
     └── Busy         another process or instance holds what we need; names the owner
@@ -42,6 +43,14 @@ class EnvironmentLack(MeshError):
 
 class NotFound(MeshError):
     """The named service or instance is unknown."""
+
+
+class CannotRun(MeshError):
+    """`command` does not start, because of `error`: 127 when there is no such program, else 126, as env(1) has it."""
+
+    def __init__(self, command: str, error: OSError) -> None:
+        super().__init__(f"cannot run {command}: {error.strerror or error}")
+        self.exit_code = 127 if isinstance(error, FileNotFoundError) else 126
 
 
 class DataplaneError(MeshError):

@@ -22,7 +22,7 @@ from enum import Enum
 from typing import Any
 
 from meshbpf import checks
-from meshbpf.errors import MeshError, NotFound
+from meshbpf.errors import CannotRun, MeshError, NotFound
 from meshbpf.registration import Registration
 from meshbpf.registry.client import RegistryAway, RegistryClient, RegistryRefused
 from meshbpf.schema import addresses
@@ -190,6 +190,8 @@ async def register(
 ) -> int:
     """Keep `wanted` registered until a signal or the end of `command`; the exit code. Owns SIGTERM, SIGINT, SIGHUP."""
     keeper = Keeper(client, wanted, say)
+    for note in wanted.notes:
+        say(note)
     with _signals() as signals:
         if command:
             return await _beside_command(keeper, command, signals, say)
@@ -234,8 +236,9 @@ async def _beside_command(
     try:
         process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
     except OSError as error:
-        say(f"cannot run {command[0]}: {error.strerror or error}")
-        return 127 if isinstance(error, FileNotFoundError) else 126
+        why = CannotRun(command[0], error)
+        say(str(why))
+        return why.exit_code
     ended = spawn(process.wait(), "command")
     keeping, stop = spawn(_kept(keeper, say), "register"), spawn(signals.get(), "signal")
     await asyncio.wait([ended, keeping, stop], return_when=asyncio.FIRST_COMPLETED)

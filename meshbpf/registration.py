@@ -29,6 +29,7 @@ class PortSpec:
     name: str
     port: int
     protocol: str
+    named: bool = True  # by the user
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Registration:
     port: int  # the one that is checked
     interval: float
     check: Check | None
+    notes: tuple[str, ...] = ()  # what was chosen for the user, in words
 
 
 def parse_port(text: str) -> PortSpec:
@@ -51,7 +53,7 @@ def parse_port(text: str) -> PortSpec:
     if not (number.isascii() and number.isdigit()) or (equals and not name) or (slash and not protocol):
         raise ConfigError("--port", f'"{text}" is not [NAME=]PORT[/PROTOCOL], such as 8081 or grpc=9000/grpc')
     protocol = protocol or "http"
-    return PortSpec(name or protocol, int(number), protocol)
+    return PortSpec(name or protocol, int(number), protocol, bool(name))
 
 
 def registration(
@@ -98,4 +100,11 @@ def registration(
         raise ConfigError("--interval", str(error)) from None
     if not 0.05 <= every < instance.ttl:
         raise ConfigError("--interval", f"must be at least 50ms and shorter than the ttl of {ttl}")
-    return Registration(service, id, body, address, (checked or specs[0]).port, every, parsed)
+    notes = tuple(_note(spec) for spec in specs if not spec.named)
+    return Registration(service, id, body, address, (checked or specs[0]).port, every, parsed, notes)
+
+
+def _note(spec: PortSpec) -> str:
+    """An endpoint whose port has another name than the service's is left out of the mesh, which only the agent sees."""
+    other = f"a service whose port has another name needs --port NAME={spec.port}/{spec.protocol}"
+    return f"port {spec.port} has no name, so it takes its protocol's: {spec.name}; {other}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -20,6 +21,7 @@ from meshbpf.model import Mesh
 from userspace_proxy.stats import BUCKETS_MS, GAUGES, UNKNOWN, Retention, Snapshot, merge
 
 PREFIX = "meshbpf_"
+ATTEMPTS = "upstream_requests_total"
 
 # Families of a worker's snapshot, whose rows already have their labels in this order.
 FROM_WORKERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -76,11 +78,21 @@ class Totals:
         self._base: Snapshot = {}
         self._latest: dict[Hashable, Snapshot] = {}
         self._retention = Retention()
+        self._failed: dict[tuple[str, str], tuple[float, str]] = {}  # (service, endpoint) → when last, and how
+        self._served: dict[tuple[str, str], float] = {}
 
     def adopt(self, mesh: Mesh, now: float) -> None:
         self._retention.adopt(mesh, now)
 
-    def update(self, incarnation: Hashable, snapshot: Snapshot) -> None:
+    def update(self, incarnation: Hashable, snapshot: Snapshot, now: float) -> None:
+        before = {tuple(row[:-1]): row[-1] for row in self._latest.get(incarnation, {}).get(ATTEMPTS, ())}
+        for service, endpoint, outcome, count in snapshot.get(ATTEMPTS, ()):
+            if count == before.get((service, endpoint, outcome)):
+                continue
+            if outcome == "ok":
+                self._served[service, endpoint] = now
+            else:
+                self._failed[service, endpoint] = now, outcome
         self._latest[incarnation] = snapshot
 
     def ended(self, incarnation: Hashable) -> None:
@@ -93,6 +105,24 @@ class Totals:
         """The sums, without the series of what left the mesh long ago."""
         self._base = self._current(self._base, now)
         return self._current(merge([self._base, *self._latest.values()]), now)
+
+    def endpoints(self, now: float) -> dict[str, dict[str, Any]]:
+        """`service endpoint` → how often it served and failed, how it failed last and how long ago, and whether it is
+        `failing`: when it was called last (a worker reports each second) an attempt failed.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        fresh = {"ok": 0, "failed": 0, "last_error": None, "last_error_seconds": None, "failing": False}
+        for service, endpoint, outcome, count in self.merged(now).get(ATTEMPTS, []):
+            seen = found.setdefault(f"{service} {endpoint}", dict(fresh))
+            seen["ok" if outcome == "ok" else "failed"] += count
+        for key, (failed_at, outcome) in list(self._failed.items()):
+            if (seen := found.get(" ".join(key))) is None:
+                del self._failed[key]  # long gone
+                self._served.pop(key, None)
+                continue
+            failing = failed_at >= self._served.get(key, failed_at)
+            seen |= {"last_error": outcome, "last_error_seconds": round(now - failed_at, 1), "failing": failing}
+        return found
 
     def _current(self, snapshot: Snapshot, now: float) -> Snapshot:
         kept: Snapshot = {}

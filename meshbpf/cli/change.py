@@ -19,7 +19,7 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
 from meshbpf.cli.output import counted
-from meshbpf.errors import EnvironmentLack, MeshError, NotFound
+from meshbpf.errors import CannotRun, EnvironmentLack, MeshError, NotFound
 from meshbpf.runtime import cgroup
 
 
@@ -125,19 +125,21 @@ def execute(
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        raise MeshError(f"cannot run {command[0]}: {error.strerror}") from error
+        raise CannotRun(command[0], error) from error
 
 
 def detach(
     instance: InstanceName = "default",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="name every table too")] = False,
 ) -> None:
-    """Take everything of that instance away. Exit 0 when nothing was there."""
+    """Take everything of that instance away. Its registry's file stays, and is named. Exit 0 when nothing was there."""
     from meshbpf.runtime import stop
+    from meshbpf.runtime.sources import store_of
 
     environment.require_capabilities()
     target = Instance(instance)
     leftovers.sweep()
+    store = store_of(target)
     removed = stop.stop_processes(target)
     with target.lock():
         removed += dataplane.detach(target)
@@ -151,3 +153,5 @@ def detach(
         elif line == tables[0]:
             typer.echo(f"removed {counted(len(tables), 'map')}")
     typer.echo(f"detached {instance}: direct connections stay open, what the proxy carried has ended")
+    if store.exists():
+        typer.echo(f"kept {store}: addresses and instances that its registry remembers; to forget them: rm {store}*")

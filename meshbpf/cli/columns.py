@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshbpf.cli import layout
 from meshbpf.cli.layout import Column
 
 SERVICES = (
@@ -18,12 +19,13 @@ SERVICES = (
 ENDPOINTS = (
     Column("service", "SERVICE"),
     Column("endpoint", "ENDPOINT"),
-    Column("port", "PORT", drop=3),
+    Column("port", "PORT", drop=4),
     Column("state", "STATE", moods=True),
-    Column("weight", "WEIGHT", drop=4),
-    Column("ok", "OK", drop=2),
+    Column("weight", "WEIGHT", drop=5),
+    Column("ok", "OK", drop=3),
     Column("failed", "FAILED"),
     Column("last_error", "LAST-ERROR", drop=1),
+    Column("last_error_seconds", "AGO", drop=2, form=layout.age),
     Column("zone", "ZONE", wide=True),
     Column("source", "SOURCE", wide=True, wrap=16),
 )
@@ -52,7 +54,7 @@ EDGES = (
     Column("open", "OPEN"),
     Column("connections", "CONNECTIONS", drop=2),
     Column("requests", "REQUESTS"),
-    Column("success_percent", "SUCCESS", drop=1, percent=True),
+    Column("success_percent", "SUCCESS", drop=1, form=layout.percent),
     Column("failed", "FAILED", wide=True),
 )
 REASONS = (
@@ -67,7 +69,7 @@ MAPS = (
     Column("name", "NAME"),
     Column("entries", "ENTRIES"),
     Column("capacity", "SIZE"),
-    Column("full_percent", "FULL", percent=True),
+    Column("full_percent", "FULL", form=layout.percent),
     Column("writer", "WRITER", wrap=8),
     Column("key", "KEY", wrap=12),
     Column("value", "VALUE", wrap=16),
@@ -79,7 +81,7 @@ FILLS = (
     Column("map", "MAP"),
     Column("entries", "ENTRIES"),
     Column("capacity", "SIZE"),
-    Column("full_percent", "FULL", percent=True),
+    Column("full_percent", "FULL", form=layout.percent),
 )
 CHANGES = (
     Column("change", "CHANGE", moods=True),

@@ -46,7 +46,7 @@ def verdicts(counters: Mapping[tuple[str, str], int], proxy: Sequence[Sequence[A
 
 
 def targets(mesh: Mesh, text: str) -> list[tuple[Service, Port]]:
-    """The ports that `text` (a service, SERVICE:PORT or ADDRESS:PORT) means. Raises NotFound."""
+    """The ports that `text` (a service, SERVICE:PORT or ADDRESS:PORT) means, by number or name. Raises NotFound."""
     whole = [service for service in mesh.services if _named(service, text)]
     if whole:
         return [(service, port) for service in whole for port in service.ports]
@@ -55,7 +55,7 @@ def targets(mesh: Mesh, text: str) -> list[tuple[Service, Port]]:
         host, number = text, ""
     owners = [service for service in mesh.services if _is(service, host)]
     ports = [(service, port) for service in owners for port in service.ports]
-    found = [(service, port) for service, port in ports if number == str(port.port)]
+    found = [(service, port) for service, port in ports if number in (str(port.port), port.name)]
     if found:
         return found
     if ports:

@@ -17,7 +17,7 @@ from typing import Any
 from loader import dataplane, environment, libbpf
 from loader.instance import BPFFS, Instance
 from meshbpf.carrier import Carrier, choose
-from meshbpf.cli import ask
+from meshbpf.cli import ask, view
 from meshbpf.cli.around import Neighbours, neighbours
 from meshbpf.errors import EnvironmentLack, MeshError
 from meshbpf.model import OnProxyDown
@@ -74,6 +74,7 @@ class InstanceFacts:
     agent_error: str = ""
     refused: int = 0  # of the governed ports, those that no call gets through without a proxy
     proxy_serves: bool = False  # also without its agent: workers outlive it
+    failing: tuple[Mapping[str, Any], ...] = ()  # rows of `meshbpf endpoints`: failed when the proxy called them last
 
 
 def machine(instance: str = "") -> MachineFacts:
@@ -154,7 +155,14 @@ def instance(name: str) -> InstanceFacts:
     if found is None:
         return InstanceFacts(name, False)
     plane, mesh = found
+    agent, trouble = None, ""
     try:
+        agent = ask.get(target, "/v1/status")
+    except MeshError as error:
+        trouble = str(error)
+    seen = {name: one for name, one in (agent or {}).get("endpoints", {}).items() if one.get("failing")}
+    try:
+        failing = tuple(row for row in view.endpoints(plane, mesh, None, seen) if row["failing"]) if seen else ()
         fills = tuple(
             (table, len(list(plane.maps[table].keys())), int(getattr(mesh.agent.maps, table))) for table in TABLES
         )
@@ -169,11 +177,6 @@ def instance(name: str) -> InstanceFacts:
         if choose(port, policy).carrier is not Carrier.DIRECT
     ]
     linked = {pin.name.split("-")[0] for pin in target.links.iterdir()} if target.links.is_dir() else set()
-    agent, trouble = None, ""
-    try:
-        agent = ask.get(target, "/v1/status")
-    except MeshError as error:
-        trouble = str(error)
     return InstanceFacts(
         name=name,
         attached=True,
@@ -185,6 +188,7 @@ def instance(name: str) -> InstanceFacts:
         agent=agent,
         agent_error=trouble,
         proxy_serves=serves,
+        failing=failing,
     )
 
 

@@ -14,10 +14,14 @@ from typing import Any
 
 from loader.environment import LET_BPF, WHOLE_TREE
 from meshbpf.cli.facts import InstanceFacts, MachineFacts
+from meshbpf.cli.layout import age
 from meshbpf.cli.output import counted
+from meshbpf.model import EndpointState
+from meshbpf.reason import REMEDY, Reason
 
 OLDEST = (5, 10)
 COOKIES = (5, 14)
+RECENT_SECONDS = 600.0  # an endpoint that failed and was not called since is news for so long
 FULL_PERCENT = 80  # from here on a table deserves a warning: a full one refuses a configuration
 
 
@@ -50,6 +54,7 @@ CATALOGUE: Mapping[str, str] = {
     "proxy-ready": "instance",
     "mesh-applied": "instance",
     "sources": "instance",
+    "endpoints": "instance",
 }
 
 
@@ -247,7 +252,28 @@ def _agent(facts: InstanceFacts) -> list[Finding]:
             "sources", not failing, f"{len(agent.get('sources', []))} without an error", _listed(failing),
             "mend what it names; the last good state is served meanwhile", Result.WARNING,
         ),
+        _endpoints(facts),
     ]  # fmt: skip
+
+
+def _endpoints(facts: InstanceFacts) -> Finding:
+    """Retries hide from callers that an endpoint fails; those that take no new calls anyway harm nobody."""
+    failing = [
+        row
+        for row in facts.failing
+        if row["state"] == EndpointState.READY and row["weight"] and row["last_error_seconds"] <= RECENT_SECONDS
+    ]
+    if not failing:
+        return Finding("endpoints", Result.OK, "none failed when the proxy called it last")
+    told = [
+        f"{row['service']} {row['endpoint']} {row['last_error']} {age(row['last_error_seconds'])} ago"
+        f" ({row['failed']} of {row['failed'] + row['ok']} attempts failed)"
+        for row in failing
+    ]
+    words = dict.fromkeys(row["last_error"] for row in failing)
+    remedies = [f"; {word}: {REMEDY[Reason[word.upper()]]}" for word in words if Reason[word.upper()] in REMEDY]
+    look = f"meshbpf endpoints {failing[0]['service']}{_named(facts)}"
+    return Finding("endpoints", Result.WARNING, _listed(told), look + "".join(remedies))
 
 
 def _named(facts: InstanceFacts) -> str:

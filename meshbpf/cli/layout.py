@@ -7,7 +7,7 @@ a file) one row is one line, so that grep, sort and awk work. Numbers stand to t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ LONG = 40  # a word up to this length, such as a pod's uid, is not broken to sav
 RED, YELLOW, GREEN, BOLD = "31", "33", "32", "1"
 MOODS: Mapping[str, str] = {
     "ok": GREEN, "ready": GREEN, "warning": YELLOW, "WARNING": YELLOW, "draining": YELLOW, "error": RED, "ERROR": RED,
-    "not_in_kernel": RED, "added": GREEN, "changed": YELLOW, "removed": RED,
+    "not_in_kernel": RED, "RESTART": YELLOW, "added": GREEN, "changed": YELLOW, "removed": RED,
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class Screen:
 class Column:
     """`key` of a row under `head`. `wide`: only in `-o wide`, which drops nothing. `drop`: 0 stays, else the highest
     goes first. `wrap`: 0 is one line, else it may be wrapped down to so many characters, or its longest word.
-    `moods`: coloured by MOODS. A `percent` is shown to a tenth.
+    `moods`: coloured by MOODS. `form` is how a number is shown, if not as it is.
     """
 
     key: str
@@ -50,12 +50,12 @@ class Column:
     drop: int = 0
     wrap: int = 0
     moods: bool = False
-    percent: bool = False
+    form: Callable[[float], str] | None = None
 
 
 def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], screen: Screen, wide: bool = False) -> str:
     shown = [column for column in columns if wide or not column.wide]
-    cells = {column.key: [cell(row.get(column.key), column.percent) for row in rows] for column in shown}
+    cells = {column.key: [cell(row.get(column.key), column.form) for row in rows] for column in shown}
     shown, widths = _fit(shown, cells, screen.width, wide)
     right = {column.key for column in shown if _numbers([row.get(column.key) for row in rows])}
     lines = [_line(shown, widths, right, [column.head for column in shown], screen, head=True)]
@@ -84,12 +84,27 @@ def facts(rows: Iterable[tuple[str, str]], screen: Screen) -> str:
     return "\n".join(lines)
 
 
-def cell(value: object, percent: bool = False) -> str:
+def cell(value: object, form: Callable[[float], str] | None = None) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{key} {number}" for key, number in value.items())
     if value is None or value == "":
         return "-"
-    return f"{value:.1f}%" if percent else printable(str(value))
+    return form(value) if form is not None and isinstance(value, (int, float)) else printable(str(value))
+
+
+def percent(share: float) -> str:
+    """To a tenth."""
+    return f"{share:.1f}%"
+
+
+def age(seconds: float) -> str:
+    """A duration in its largest two units: `3s`, `2m10s`, `4h5m`, `9d2h`."""
+    whole = int(seconds)
+    for size, unit, below, lower in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // below
+            return f"{whole // size}{unit}{rest}{lower}" if rest else f"{whole // size}{unit}"
+    return f"{whole}s"
 
 
 def printable(text: str) -> str:

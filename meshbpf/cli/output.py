@@ -44,16 +44,6 @@ def counted(number: int, noun: str, more: str = "") -> str:
     return f"{number} {noun if number == 1 else more or noun + 's'}"
 
 
-def age(seconds: float) -> str:
-    """A duration in its largest two units: `3s`, `2m10s`, `4h5m`, `9d2h`."""
-    whole = int(seconds)
-    for size, unit, below, lower in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            rest = whole % size // below
-            return f"{whole // size}{unit}{rest}{lower}" if rest else f"{whole // size}{unit}"
-    return f"{whole}s"
-
-
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table of its own kind, for whom no end of the line is near."""
     columns = [Column(head, head) for head in heads]

@@ -75,7 +75,11 @@ def endpoints(
 
 def explain(
     target: Annotated[
-        str, typer.Argument(help="a service, SERVICE:PORT or ADDRESS:PORT", autocompletion=completion.services)
+        str,
+        typer.Argument(
+            help="a service, SERVICE:PORT or ADDRESS:PORT, where PORT is a number or a name",
+            autocompletion=completion.services,
+        ),
     ],
     instance: InstanceName = "default",
     form: Output = "table",

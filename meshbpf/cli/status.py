@@ -14,9 +14,9 @@ from loader.instance import Instance
 from meshbpf.carrier import Carrier
 from meshbpf.cli import ask, calls, columns, layout, output, view
 from meshbpf.cli.findings import nearly_full
-from meshbpf.cli.layout import Screen
+from meshbpf.cli.layout import Screen, age
 from meshbpf.cli.options import InstanceName, Output
-from meshbpf.cli.output import age, counted
+from meshbpf.cli.output import counted
 from meshbpf.cli.read import opened
 from meshbpf.model import Mesh
 
@@ -64,6 +64,7 @@ def gathered(instance: Instance, plane: Dataplane, mesh: Mesh, agent: Mapping[st
         "proxy_serves": plane.proxy_serves(time.monotonic_ns()),
         "sources": said.get("sources", []),
         "error": said.get("error", ""),
+        "restart": said.get("restart", []),
         "maps": [{"map": name, "entries": entries, "capacity": room} for name, entries, room in fills],
         "warnings": warnings(fills),
     }
@@ -88,10 +89,28 @@ def warnings(fills: Iterable[tuple[str, int, int]]) -> list[str]:
 def in_brief(whole: Mapping[str, Any]) -> str:
     agent = whole["agent"]
     running = f"agent {agent['pid']}, {agent['ready']}/{agent['workers']} workers" if agent else "no agent"
-    troubles = len(whole["warnings"]) + bool(whole["error"]) + sum(1 for source in whole["sources"] if source["error"])
-    trouble = f", {counted(troubles, 'trouble')}: meshbpf status" if troubles else ""
     cgroups, services = counted(len(whole["cgroups"]), "cgroup"), counted(whole["services"], "service")
-    return f"{whole['instance']}: {cgroups}, {services}, {running}{trouble}"
+    troubles = list(_troubles(whole))
+    trouble = f"; {layout.printable(troubles[0].splitlines()[0])}" if troubles else ""
+    more = f" (and {len(troubles) - 1} more: meshbpf status)" if len(troubles) > 1 else ""
+    return f"{whole['instance']}: {cgroups}, {services}, {running}{trouble}{more}"
+
+
+def _troubles(whole: Mapping[str, Any]) -> Iterable[str]:
+    """What somebody should do something about, worst first."""
+    if whole["error"]:
+        yield whole["error"]
+    for source in whole["sources"]:
+        if source["error"]:
+            yield f"{source['name']}: {source['error']}"
+    if whole["restart"]:
+        yield _restart(whole["restart"])
+    yield from whole["warnings"]
+
+
+def _restart(names: Iterable[str]) -> str:
+    changed = ", ".join(f"Agent.spec.{name}" for name in names)
+    return f"changed in the configuration, applied by a restart of `meshbpf run`: {changed}"
 
 
 def text(whole: Mapping[str, Any], screen: Screen) -> str:
@@ -130,5 +149,7 @@ def _facts(whole: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "SOURCE", f"{source['name']}, {services}, last change {age(source['age_seconds'])} ago{trouble}"
     if whole["error"]:
         yield "ERROR", whole["error"]
+    if whole["restart"]:
+        yield "RESTART", _restart(whole["restart"])
     for warning in whole["warnings"]:
         yield "WARNING", warning

@@ -11,7 +11,7 @@ from meshbpf.carrier import choose
 from meshbpf.cli.calls import names
 from meshbpf.errors import NotFound
 from meshbpf.model import EndpointState, Mesh, Port, Service
-from meshbpf.schema.fields import meant
+from meshbpf.schema.words import meant
 
 
 def find(mesh: Mesh, text: str) -> Service:
@@ -98,6 +98,8 @@ def endpoints(
                         "ok": seen.get("ok"),
                         "failed": seen.get("failed"),
                         "last_error": seen.get("last_error"),
+                        "last_error_seconds": seen.get("last_error_seconds"),
+                        "failing": seen.get("failing"),
                         "zone": endpoint.zone,
                         "source": endpoint.source,
                     }

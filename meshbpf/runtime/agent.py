@@ -228,7 +228,7 @@ class Agent:
         if snapshot is None:
             self.totals.ended(incarnation)
         else:
-            self.totals.update(incarnation, snapshot)
+            self.totals.update(incarnation, snapshot, time.monotonic())
 
     async def _scan(self) -> None:
         while True:

@@ -50,6 +50,7 @@ class Following:
     ) -> None:
         self.mesh = mesh
         self.error = ""  # why the newest mesh is not served, or not noted
+        self.waiting: list[str] = []  # of RESTART, what the configuration has otherwise than we do
         self.acceleration = "off"
         self.acceleration_why = "the self-test has not run yet"
         self._instance = instance
@@ -126,9 +127,9 @@ class Following:
             admin=ours.admin,
             proxy=ProxySettings(ours.proxy.listen, ours.proxy.workers, new.proxy.drain),
         )
-        if new not in (kept, self._ignored):
-            names = [name for name in RESTART if getattr(kept, name) != getattr(new, name)]
-            log.warning("settings that need a restart have changed fields=%s", ",".join(names))
+        self.waiting = [name for name in RESTART if getattr(kept, name) != getattr(new, name)]
+        if self.waiting and new != self._ignored:
+            log.warning("settings that need a restart have changed fields=%s", ",".join(self.waiting))
         self._ignored = new
         return replace(mesh, agent=kept)
 

@@ -93,8 +93,9 @@ class Metrics:
             "generation": agent.following.mesh.generation,
             "sources": self._sources.report(),
             "error": self._trouble(),
+            "restart": agent.following.waiting,
             "namespaces": len(agent.namespaces.served),
-            "endpoints": self._endpoints(),
+            "endpoints": agent.totals.endpoints(time.monotonic()),
         }
 
     def counts(self) -> dict[str, Any]:
@@ -110,19 +111,6 @@ class Metrics:
 
     def _gone(self) -> str:
         return f"cgroup is gone: {', '.join(self._agent.gone)}" if self._agent.gone else ""
-
-    def _endpoints(self) -> dict[str, dict[str, Any]]:
-        """`service endpoint` → how often it served and failed, and how it failed last."""
-        found: dict[str, dict[str, Any]] = {}
-        stats = self._agent.totals.merged(time.monotonic())
-        for service, endpoint, outcome, count in stats.get("upstream_requests_total", []):
-            seen = found.setdefault(f"{service} {endpoint}", {"ok": 0, "failed": 0, "last_error": None})
-            if outcome == "ok":
-                seen["ok"] += count
-            else:
-                seen["failed"] += count
-                seen["last_error"] = outcome
-        return found
 
 
 def _endpoint_states(mesh: Mesh) -> dict[tuple[str, str], int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loader.instance import Instance
-from meshbpf import garbage
+from meshbpf import garbage, wire
 from meshbpf.model import Agent, EmbeddedRegistry, MapSizes, Mesh
 from meshbpf.registry import merge, recall
 from meshbpf.registry.base import Snapshot, Source
@@ -25,6 +25,7 @@ from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 
 log = logging.getLogger("sources")
+DEFAULT_STORES = "/var/lib/meshbpf"
 
 
 @dataclass(slots=True)
@@ -182,7 +183,16 @@ async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
 
 def embedded_settings(mesh: Mesh, instance: str) -> EmbeddedRegistry:
     """The configured embedded registry, or one that only the agent's unix socket reaches."""
-    return mesh.agent.embedded or EmbeddedRegistry(listen="", store=f"/var/lib/meshbpf/{instance}.db")
+    return mesh.agent.embedded or EmbeddedRegistry(listen="", store=f"{DEFAULT_STORES}/{instance}.db")
+
+
+def store_of(instance: Instance) -> Path:
+    """The file in which the registry of what is attached keeps what it knows; it outlives a detach."""
+    try:
+        agent = wire.decode(Agent, instance.read_state()["mesh"]["agent"])
+    except (KeyError, TypeError, ValueError):  # none, or another version's
+        agent = Agent()
+    return Path(embedded_settings(Mesh(agent), instance.name).store)
 
 
 def last_generation(instance: Instance) -> int:

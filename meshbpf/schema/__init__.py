@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from meshbpf import garbage, yamlpos
 from meshbpf.model import Agent, Service, ServicePolicy
 from meshbpf.schema import agent, checks, jsontext, later, ordinary, policy, service
-from meshbpf.schema.fields import Fields, meant, shown
+from meshbpf.schema.fields import Fields
 from meshbpf.schema.report import ConfigErrors, Report
 from meshbpf.schema.service import API_VERSION
+from meshbpf.schema.words import meant, shown
 
 __all__ = ["API_VERSION", "ConfigErrors", "Parsed", "parse"]
 
@@ -108,6 +109,8 @@ def _document(document: yamlpos.Document, report: Report, found: _Found) -> None
         return
     if fields.required("apiVersion", API_VERSION) and fields.value("apiVersion") != API_VERSION:
         fields.wrong("apiVersion", API_VERSION)
+        found.complete = False
+        return  # written for somebody else: what our fields are says nothing about it
     match kind:
         case "Agent":
             found.agents.append(agent.read(fields, document.at))

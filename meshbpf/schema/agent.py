@@ -17,7 +17,8 @@ from meshbpf.model import (
     ProxySettings,
 )
 from meshbpf.schema import addresses
-from meshbpf.schema.fields import Fields, meant
+from meshbpf.schema.fields import Fields
+from meshbpf.schema.words import meant
 from meshbpf.yamlpos import Mark
 
 _DEFAULT = Agent()
@@ -56,6 +57,8 @@ def _registries(spec: Fields) -> tuple[EmbeddedRegistry | HttpRegistry, ...]:
         kinds = item.keys()
         if len(kinds) != 1:
             item.report.add(item.at, f"{item.path} must name one registry, for example embedded: {{}}")
+            for key in kinds:
+                item.value(key)  # one fault: fields of a registry that stand beside its name are not unknown as well
         for kind in ("embedded", "http"):
             item.value(kind)  # known, also where it is not
         if "embedded" in kinds:

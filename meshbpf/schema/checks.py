@@ -11,10 +11,11 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.model import Agent, Mode, Protocol, ServicePolicy
 from meshbpf.schema import addresses
 from meshbpf.schema.agent import AgentDocument
-from meshbpf.schema.fields import meant
 from meshbpf.schema.policy import PolicyDocument
 from meshbpf.schema.report import Report
 from meshbpf.schema.service import EndpointDocument, ServiceDocument
+from meshbpf.schema.words import meant
+from meshbpf.yamlpos import Mark
 
 ServicePlaces = dict[tuple[str, str, int], ServiceDocument]
 
@@ -50,6 +51,7 @@ def _names(services: Sequence[ServiceDocument], report: Report) -> dict[tuple[st
 def _addresses(services: Sequence[ServiceDocument], agent: Agent, report: Report) -> ServicePlaces:
     """Who owns each (address, tcp or udp, port); two services may share an address when their ports differ."""
     taken: ServicePlaces = {}
+    told: set[tuple[str, Mark, Mark]] = set()  # two services on one address share all their ports, mostly
     for document in services:
         service = document.service
         for address, at in zip(service.addresses, document.addresses_at, strict=True):
@@ -59,7 +61,8 @@ def _addresses(services: Sequence[ServiceDocument], agent: Agent, report: Report
                     report.add(at, f"{place} of service {service.label} is {ours}: use another address or port")
                     continue
                 owner = taken.setdefault((address, addresses.layer4(port.protocol), port.port), document)
-                if owner.service.id != service.id:
+                if owner.service.id != service.id and (address, at, owner.at) not in told:
+                    told.add((address, at, owner.at))
                     place = addresses.joined(address, port.port)
                     other = f"is also service {owner.service.label} at {owner.at}"
                     report.add(at, f"{place} of service {service.label} {other}: change the address or the port")

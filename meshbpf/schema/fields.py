@@ -1,14 +1,14 @@
 """Typed reading of one mapping: every field is asked for once, and what nobody asked for is unknown and refused.
 
 Rules: a wrong value is reported with its position and what was expected, and reading goes on with the default; a value
-of null is a field left out; messages name the field by its path below the document (`spec.ports[0].port`).
+of null is a field left out; messages name the field by its path below the document (`spec.ports[0].port`); one mistake
+is one fault, also where it makes a known field unknown and a required one missing.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -16,39 +16,13 @@ from typing import Any, TypeVar
 from meshbpf import durations
 from meshbpf.schema import later
 from meshbpf.schema.report import Report
+from meshbpf.schema.words import meant, near, quoted, shown
 from meshbpf.yamlpos import Map, Mark, Seq
 
 E = TypeVar("E", bound=StrEnum)
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 _INDEX = re.compile(r"\[[0-9]+\]")
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """The end of an "unknown" message: the word that was probably meant, or all there are."""
-    words = list(known)
-    close = difflib.get_close_matches(word, words, n=1)
-    # difflib minds case; people who come from another tool's spelling do not.
-    close = close or [w for w in words if w.lower() == word.lower()]
-    if close:
-        return f'did you mean "{close[0]}"?'
-    return f"known: {', '.join(words)}" if words else "none is known here"
-
-
-def shown(value: Any) -> str:
-    """A value as an error message calls it."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return str(value)
-        case str():
-            return f'"{value}"' if len(value) <= 60 else f'"{value[:57]}..."'
-        case Map():
-            return "a mapping"
-        case Seq():
-            return "a list"
-    return "nothing"
 
 
 class Fields:
@@ -61,19 +35,54 @@ class Fields:
         self.path = path
         self._asked: list[str] = []
         self._children: list[Fields] = []
+        self._missing: dict[str, tuple[Mark, str]] = {}  # required and not there: the fault that was reported
+        self._broken = value is not None and not isinstance(value, Map)  # then nothing below it can be missing
         self._map = value if isinstance(value, Map) else Map()
         self.given = isinstance(value, Map)
-        if value is not None and not isinstance(value, Map):
+        if self._broken:
             report.add(at, f"{path or 'a document'} must be a mapping, got {shown(value)}")
 
     def done(self) -> None:
         """Report every field that was never asked for, here and below."""
-        for key, at in self._map.keys_at.items():
-            if key not in self._asked and not self._later(key, at):
-                place = f" in {self.path}" if self.path else ""
-                self.report.add(at, f'unknown field "{key}"{place}: {meant(key, self._asked)}')
+        unknown = [key for key, at in self._map.keys_at.items() if key not in self._asked and not self._later(key, at)]
+        for child in self._children:
+            if outside := [key for key in unknown if child.lacks(key)]:
+                unknown = [key for key in unknown if key not in outside]
+                self._belong(child, outside)
+        if len(unknown) == len(self._map) and not any(near(key, self._asked) for key in unknown):
+            self._foreign(unknown)
+        else:
+            for key in unknown:
+                self._withdraw(near(key, self._asked))
+                self._unknown([key], meant(key, self._asked))
         for child in self._children:
             child.done()
+
+    def _unknown(self, keys: Sequence[str], hint: str) -> None:
+        """One fault, at the first of them."""
+        place = f" in {self.path}" if self.path else ""
+        fields = f"field{'s' if len(keys) > 1 else ''} {quoted(keys)}"
+        self.report.add(self._map.keys_at[keys[0]], f"unknown {fields}{place}: {hint}")
+
+    def _foreign(self, keys: Sequence[str]) -> None:
+        """Nothing in it is known: it is something else altogether, of which nothing is missing."""
+        if keys:
+            self._withdraw(*self._missing)
+            self._unknown(keys, meant("", self._asked))
+
+    def lacks(self, key: str) -> bool:
+        """Whether `key` is a field of this mapping, an item of no list, and left out."""
+        return key in self._asked and not self.has(key) and not self.path.endswith("]") and not self._broken
+
+    def _belong(self, child: Fields, keys: Sequence[str]) -> None:
+        child._withdraw(*keys)
+        them = "belongs below {}: indent it" if len(keys) == 1 else "belong below {}: indent them"
+        self.report.add(self._map.keys_at[keys[0]], f"{quoted(keys)} {them.format(child.path)}")
+
+    def _withdraw(self, *keys: str) -> None:
+        for key in keys:
+            if (fault := self._missing.pop(key, None)) is not None:
+                self.report.withdraw(*fault)
 
     def keys(self) -> list[str]:
         """What the file gives, whether or not it is known."""
@@ -101,8 +110,10 @@ class Fields:
     def required(self, key: str, expected: str) -> bool:
         """Whether the field is there; reported when not."""
         if self.value(key) is None:
-            at = self._map.at.get(key, self.at)
-            self.report.add(at, f"{self.name(key)} is missing: it must be {expected}")
+            if not self._broken:
+                at = self._map.at.get(key, self.at)
+                self._missing[key] = (at, f"{self.name(key)} is missing: it must be {expected}")
+                self.report.add(*self._missing[key])
             return False
         return True
 
@@ -180,6 +191,7 @@ class Fields:
     def below(self, key: str) -> Fields:
         """The mapping under `key`; left out, it is one without fields, so that its defaults are read all the same."""
         child = Fields(self._kind, self.name(key), self.value(key), self.where(key), self.report)
+        child._broken |= self._broken
         self._children.append(child)
         return child
 

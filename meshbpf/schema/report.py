@@ -27,9 +27,11 @@ class Report:
         self._found: set[tuple[Mark, str]] = set()
 
     def add(self, at: Mark, message: str) -> None:
-        # Messages quote the file: one fault stays one line, whatever a file's author put into a key.
-        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-        self._found.add((at, line))
+        self._found.add((at, _line(message)))
+
+    def withdraw(self, at: Mark, message: str) -> None:
+        """What was added follows from another fault, which says it better."""
+        self._found.discard((at, _line(message)))
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -41,3 +43,8 @@ class Report:
     def _place(self, fault: tuple[Mark, str]) -> tuple[int, int, int, str]:
         at, message = fault
         return (self._order.get(at.file, len(self._order)), at.line, at.column, message)
+
+
+def _line(message: str) -> str:
+    """Messages quote the file: one fault stays one line, whatever a file's author put into a key."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from meshbpf.model import Agent, Endpoint, Port, Protocol, Service
 from meshbpf.schema import addresses
-from meshbpf.schema.fields import Fields, meant, shown
+from meshbpf.schema.fields import Fields
+from meshbpf.schema.words import meant, shown
 from meshbpf.yamlpos import Mark
 
 API_VERSION = "meshbpf.io/v1"
@@ -115,12 +116,13 @@ def _ports(spec: Fields) -> tuple[Port, ...]:
 def _endpoints(spec: Fields, ports: tuple[Port, ...]) -> tuple[EndpointDocument, ...]:
     known = [port.name for port in ports]
     seen: dict[tuple[str, str, int], Mark] = {}
+    strange: dict[str, list[tuple[str, Mark]]] = {}
     found = []
     for item in spec.mappings("endpoints"):
         address = None
         if item.required("address", "the endpoint's IP address"):
             address = _address(item.name("address"), item.value("address"), item.where("address"), item)
-        numbers, places = _endpoint_ports(item, known)
+        numbers, places = _endpoint_ports(item, known, strange)
         weight = item.whole("weight", Endpoint("", {}).weight, 0, LARGEST_WEIGHT)
         zone = item.text("zone")
         labels = item.labels("labels")
@@ -132,10 +134,17 @@ def _endpoints(spec: Fields, ports: tuple[Port, ...]) -> tuple[EndpointDocument,
                 item.report.add(places[name], f"{twice}: raise the weight of one instead")
         endpoint = Endpoint(address, numbers, weight=weight, zone=zone, labels=labels, source=str(item.at))
         found.append(EndpointDocument(endpoint, places))
+    for name, ((path, at), *others) in strange.items():
+        have = "endpoint has" if len(others) == 1 else "endpoints have"
+        more = f" ({len(others)} more {have} it)" if others else ""
+        spec.report.add(at, f"{path} is not a port of the service{more}: {meant(name, known)}")
     return tuple(found)
 
 
-def _endpoint_ports(item: Fields, known: list[str]) -> tuple[Mapping[str, int], dict[str, Mark]]:
+def _endpoint_ports(
+    item: Fields, known: list[str], strange: dict[str, list[tuple[str, Mark]]]
+) -> tuple[Mapping[str, int], dict[str, Mark]]:
+    """`strange` gathers the names that are no port of the service: a port misspelt there is misspelt to all of them."""
     numbers: dict[str, int] = {}
     places: dict[str, Mark] = {}
     example = f"{{{known[0] if known else 'http'}: 8080}}"
@@ -146,7 +155,7 @@ def _endpoint_ports(item: Fields, known: list[str]) -> tuple[Mapping[str, int], 
         path = f"{item.name('ports')}.{name}"
         # Without any good port of the service there is nothing to compare with, and its own error says enough.
         if known and name not in known:
-            item.report.add(key_at, f"{path} is not a port of the service: {meant(name, known)}")
+            strange.setdefault(name, []).append((path, key_at))
         elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_PORT:
             item.report.add(at, f"{path} must be a port number from 1 to {LARGEST_PORT}, got {shown(value)}")
         else:

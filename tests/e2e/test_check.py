@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from tests.support.machine import Machine, service
+from tests.support.machine import Machine, free_port, service, until
 
 
 def look(machine: Machine, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -39,6 +39,23 @@ def test_governed_ports_want_an_agent(machine: Machine) -> None:
     code, rows = look(machine, "--wait", "10s")
     assert code in (0, 79), [row for row in rows.values() if row["result"] == "error"]
     assert rows["proxy-ready"]["result"] == rows["attached-cgroup"]["result"] == "ok"
+
+
+def test_an_endpoint_that_retries_hide_is_named_until_it_serves_again(machine: Machine) -> None:
+    dead = free_port()
+    machine.configure(service("orders", "127.96.0.10", [machine.quick("a"), dead]))
+    machine.run_agent()
+    assert look(machine)[1]["endpoints"]["result"] == "ok"
+
+    def found() -> dict[str, Any]:
+        assert machine.curl("http://127.96.0.10/")["endpoint"] in ("a", "b")
+        return look(machine)[1]["endpoints"]
+
+    row = until(lambda: (row := found())["result"] == "warning" and row, "the dead one is named")
+    assert row["detail"].startswith(f"orders 127.0.0.1:{dead} connect_failed ")
+    assert row["remedy"].startswith(f"meshbpf endpoints orders --instance {machine.instance.name}; ")
+    machine.quick("b", port=dead)
+    until(lambda: found()["result"] == "ok", "it serves again")
 
 
 def test_a_cgroup_that_went_away_and_came_back(machine: Machine) -> None:

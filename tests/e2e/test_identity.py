@@ -134,7 +134,7 @@ def test_exec_enters_the_mesh(machine: Machine) -> None:
     )
     assert done.returncode == 7
     done = machine.meshbpf("exec", "--instance", machine.instance.name, "--", "no-such-program")
-    assert (done.returncode, done.stderr) == (1, "meshbpf: cannot run no-such-program: No such file or directory\n")
+    assert (done.returncode, done.stderr) == (127, "meshbpf: cannot run no-such-program: No such file or directory\n")
 
 
 def test_a_stopped_start_leaves_no_process(machine: Machine) -> None:

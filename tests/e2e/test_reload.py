@@ -150,6 +150,10 @@ def test_settings_that_need_a_restart_stay_and_are_named(machine: Machine) -> No
     assert (said["ready"], said["workers"]) == (1, 1)
     sizes = {fill["map"]: fill["capacity"] for fill in machine.show("status")["maps"]}
     assert sizes["flows"] == 65536
+    assert machine.show("status")["restart"] == ["maps", "proxy"]
+    del machine.agent_spec["maps"], machine.agent_spec["proxy"]["workers"]
+    machine.configure(service("orders", ADDRESS, [b]))
+    until(lambda: not machine.show("status")["restart"], "nothing waits any more")
 
 
 def test_a_full_table_keeps_the_last_good_mesh(machine: Machine) -> None:

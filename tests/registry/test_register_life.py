@@ -304,6 +304,20 @@ def test_ports(text: str, expected: tuple[str, int, str]) -> None:
     assert (spec.name, spec.port, spec.protocol) == expected
 
 
+def test_a_port_without_a_name_says_which_it_took() -> None:
+    notes = registration.registration("orders", ["web=8081", "9000/grpc", "8082"]).notes
+    assert [note.partition(";")[0] for note in notes] == [
+        "port 9000 has no name, so it takes its protocol's: grpc",
+        "port 8082 has no name, so it takes its protocol's: http",
+    ]
+    assert notes[0].endswith(" --port NAME=9000/grpc")
+
+
+async def test_it_is_said_before_anything_else(scene: Scene) -> None:
+    heard = await hear(await scene.register(), " registered\n")
+    assert heard.startswith(f"meshbpf register: port {scene.port} has no name, so it takes its protocol's: http; ")
+
+
 def test_the_service_port_belongs_to_the_first_port() -> None:
     wanted = registration.registration("orders", ["8081", "9000/grpc"], service_port=80)
     assert wanted.body["ports"] == {

@@ -21,6 +21,10 @@ AGENT: dict[str, Any] = {"pid": 7, "ready": 1, "workers": 1, "error": "", "sourc
 LIVING = InstanceFacts(
     "default", True, (CgroupFacts("/sys/fs/cgroup/apps", True, True),), 3, 1, (("slots", 10, 100),), AGENT
 )
+FAILING: dict[str, Any] = {
+    "service": "orders", "endpoint": "127.0.0.1:8082", "state": "ready", "weight": 100, "ok": 2, "failed": 45,
+    "last_error": "connect_failed", "last_error_seconds": 3.2,
+}  # fmt: skip
 FOREIGN = ForeignProgram(9, "cil_sock4_connect", "connect4", "/sys/fs/cgroup")
 ALONE_ON_TOP = replace(FOREIGN, mode="")
 ALONE = replace(ALONE_ON_TOP, cgroup="/sys/fs/cgroup/theirs")
@@ -84,6 +88,7 @@ def test_each_lack_of_a_machine_is_named_with_its_remedy(changes: dict[str, Any]
         ({"agent": {**AGENT, "ready": 0}}, "proxy-ready", Result.ERROR),
         ({"agent": {**AGENT, "error": "map slots is full"}}, "mesh-applied", Result.ERROR),
         ({"agent": {**AGENT, "sources": [{"name": "f", "error": "bad"}]}}, "sources", Result.WARNING),
+        ({"failing": (FAILING,)}, "endpoints", Result.WARNING),
     ],
 )
 def test_each_trouble_of_an_instance_is_named_with_its_remedy(changes: dict[str, Any], id: str, result: Result) -> None:
@@ -91,6 +96,24 @@ def test_each_trouble_of_an_instance_is_named_with_its_remedy(changes: dict[str,
     assert worst(found) == {id: result}
     (bad,) = [finding for finding in found if finding.id == id]
     assert bad.detail and bad.remedy
+
+
+def test_a_failing_endpoint_is_named_with_its_service_and_what_to_look_at() -> None:
+    other = {**FAILING, "service": "users", "last_error": "upstream_reset"}
+    (found,) = [row for row in findings.instance(replace(LIVING, failing=(FAILING, other))) if row.id == "endpoints"]
+    assert found.detail == (
+        "orders 127.0.0.1:8082 connect_failed 3s ago (45 of 47 attempts failed),"
+        " users 127.0.0.1:8082 upstream_reset 3s ago (45 of 47 attempts failed)"
+    )
+    assert found.remedy == (
+        "meshbpf endpoints orders; connect_failed: is the program running, on this address and port?;"
+        " upstream_reset: the endpoint's own log"
+    )
+
+
+@pytest.mark.parametrize("change", [{"state": "draining"}, {"weight": 0}, {"last_error_seconds": 601.0}])
+def test_an_endpoint_that_is_called_no_more_deserves_no_warning(change: dict[str, Any]) -> None:
+    assert worst(findings.instance(replace(LIVING, failing=({**FAILING, **change},)))) == {}
 
 
 def test_no_agent_is_well_when_every_port_is_direct() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from meshbpf import cli
+from loader.instance import Instance
+from meshbpf import cli, wire
 from meshbpf.cli import options
 from meshbpf.cli.output import counted
 from meshbpf.errors import ConfigError, EnvironmentLack
+from meshbpf.model import Agent, EmbeddedRegistry, Mesh
 
 SERVICE = "apiVersion: meshbpf.io/v1\nkind: Service\nmetadata: {name: orders}\nspec: {ports: [{name: a, port: 1}]}\n"
 
@@ -83,6 +86,40 @@ def test_an_absolute_cgroup_that_is_none_hears_of_relative_names(monkeypatch: py
         EnvironmentLack, match=r"choose one below /mnt; a name without a leading / is below the cgroup2"
     ):
         options.cgroups([Path("/")], False)
+
+
+@pytest.mark.parametrize(("mode", "code"), [(None, 127), (0o644, 126)])
+def test_exec_of_what_does_not_start_ends_as_env_does(
+    mode: int | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "program"
+    if mode is not None:
+        program.write_text("#!/bin/sh\n")
+        program.chmod(mode)
+    monkeypatch.setattr("meshbpf.cli.change.environment.cgroup2", lambda: tmp_path / "mount")
+    monkeypatch.setattr("meshbpf.cli.change.cgroup.join", lambda _cgroup: None)
+    assert ended(monkeypatch, ["exec", "--cgroup", "shop", "--", str(program)]) == code
+    assert capsys.readouterr().err.startswith(f"meshbpf: cannot run {program}: ")
+    assert subprocess.run(["env", str(program)], check=False, capture_output=True).returncode == code
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_detach_names_the_file_that_stays(configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one it was configured with: of a state that cannot be read, the one there is without a configuration."""
+    store = tmp_path / "registry.db"
+    monkeypatch.setattr("loader.instance.RUN", tmp_path / "run")
+    monkeypatch.setattr("meshbpf.runtime.sources.DEFAULT_STORES", str(tmp_path))
+    for name in ("cli.change.environment.require_capabilities", "cli.change.leftovers.sweep"):
+        monkeypatch.setattr(f"meshbpf.{name}", lambda: None)
+    monkeypatch.setattr("meshbpf.runtime.stop.stop_processes", lambda _instance: [])
+    monkeypatch.setattr("meshbpf.cli.change.dataplane.detach", lambda _instance: ["link 1-connect4"])
+    agent = Agent(registries=(EmbeddedRegistry(store=str(store)),))
+    Instance("shop").write_state({"mesh": wire.encode(Mesh(agent))} if configured else {"mesh": {"agent": 7}})
+    assert "kept" not in shown("detach", "--instance", "shop")
+    store = store if configured else tmp_path / "shop.db"
+    store.touch()
+    last = shown("detach", "--instance", "shop").splitlines()[-1]
+    assert last.startswith(f"kept {store}: ") and last.endswith(f"rm {store}*")
 
 
 def test_one_and_many() -> None:

@@ -12,9 +12,14 @@ from typing import Any
 import pytest
 
 from meshbpf import durations
+from meshbpf.accesslog_format import KEYS, Seconds, text_line
 from meshbpf.model import Agent, EmbeddedRegistry, Endpoint, HttpRegistry, Port, Service, ServicePolicy
+from meshbpf.record import Record
 from meshbpf.schema import later, parse
 
+NUMBERS = (
+    "response_code", "bytes_received", "bytes_sent", "duration_ms", "upstream_service_time_ms", "attempts",
+)  # fmt: skip
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")}
 ROW = re.compile(r"^\| `([^`]+)` \| (.+?) \|", re.M)
@@ -88,6 +93,28 @@ def test_everything_refused_is_documented() -> None:
     assert rows("Refused in this version") == expected
 
 
-def test_the_example_is_valid() -> None:
-    (example,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
-    assert parse([("example", example)]).services
+def test_the_examples_are_valid_together() -> None:
+    """An example for each kind that a first configuration has, as it may be copied."""
+    examples = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
+    parsed = parse([(f"example {place}", text) for place, text in enumerate(examples)])
+    assert parsed.services and parsed.agent not in (None, Agent())
+
+
+def test_the_access_log_is_described_as_it_is_written() -> None:
+    """Every key of the JSON record, in its order; and what Envoy's line has no place for."""
+    page = SECTIONS["Agent"].partition("### The access log\n")[2].partition("\n### ")[0]
+    listed = re.search(r"`(start_time[^`]*)`", page)
+    assert listed and tuple(listed[1].split()) == KEYS
+    line = re.search(r"^```\n(.*?)^```", page, re.M | re.S)
+    assert line is not None
+    shown = set(re.findall(r"[A-Z_]{4,}", line[1]))
+    record = Record("a-service", 1e9, "a-workload", "a-remote")
+    for key in KEYS:
+        if key not in ("start_time", *NUMBERS):
+            setattr(record, key, f"a-{key}")
+    text = text_line(record, Seconds())
+    assert {key.upper() for key in KEYS if f"a-{key}" in text} == shown - {
+        key.upper() for key in ("start_time", *NUMBERS)
+    }
+    for key in ("service", "workload", "reason", "carrier", "response_code_details"):
+        assert f"`{key}`" in page and f"a-{key}" not in text

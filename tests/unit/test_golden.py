@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ WELL: dict[str, Any] = {
         {"name": "registry", "services": 194, "age_seconds": 2.4, "stale_seconds": 0.0, "error": ""},
     ],
     "error": "",
+    "restart": [],
     "maps": FILLS[:2] + FILLS[3:],
     "warnings": [],
 }  # fmt: skip
@@ -79,9 +81,12 @@ ILL: dict[str, Any] = {
         WELL["sources"][1],
     ],
     "error": "orders left out: does not fit into map slots: raise Agent.spec.maps.slots",
+    "restart": ["registries", "maps"],
     "maps": FILLS,
     "warnings": status.warnings([("slots", 218_000, 262_144)]),
 }
+REFUSED: dict[str, Any] = {**WELL, "sources": ILL["sources"]}
+WAITING: dict[str, Any] = {**WELL, "restart": ["proxy"]}
 DOWN: dict[str, Any] = {
     **WELL,
     "agent": None,
@@ -144,13 +149,14 @@ SERVICES = [
 ENDPOINTS = [
     {
         "service": "orders.checkout", "endpoint": endpoint, "port": "http", "state": state, "weight": weight, "ok": ok,
-        "failed": failed, "last_error": last, "zone": zone, "source": source,
+        "failed": failed, "last_error": last, "last_error_seconds": ago, "failing": ago == 3.2, "zone": zone,
+        "source": source,
     }
-    for endpoint, state, weight, ok, failed, last, zone, source in (
-        ("198.18.77.21:8080", "ready", 100, 69, 0, None, "a", "registry"),
-        ("198.18.77.22:8080", "draining", 50, 12_345_678, 3, "upstream_reset", "b", "registry"),
-        ("198.18.77.23:8080", "ready", 100, 0, 41, "connect_failed", "", "/etc/meshbpf/shop.yaml:40:7"),
-        ("[fd00:9::23]:8080", "not_in_kernel", 0, None, None, None, "", "registry"),
+    for endpoint, state, weight, ok, failed, last, ago, zone, source in (
+        ("198.18.77.21:8080", "ready", 100, 69, 0, None, None, "a", "registry"),
+        ("198.18.77.22:8080", "draining", 50, 12_345_678, 3, "upstream_reset", 93_784.5, "b", "registry"),
+        ("198.18.77.23:8080", "ready", 100, 0, 41, "connect_failed", 3.2, "", "/etc/meshbpf/shop.yaml:40:7"),
+        ("[fd00:9::23]:8080", "not_in_kernel", 0, None, None, None, None, "", "registry"),
     )
 ]  # fmt: skip
 OPEN = [
@@ -245,7 +251,9 @@ SCENES: dict[str, Callable[[Screen], str]] = {
     "status": lambda screen: status.text(WELL, screen),
     "status-ill": lambda screen: status.text(ILL, screen),
     "status-no-agent": lambda screen: status.text(DOWN, screen),
+    "status-brief": lambda _screen: "\n".join(map(status.in_brief, (WELL, REFUSED, WAITING, ILL, DOWN))),
     "check": checked(MACHINE, INSTANCE),
+    "check-endpoints": checked(MACHINE, replace(INSTANCE, failing=tuple(ENDPOINTS[1:3]))),
     "check-bad": checked(BAD_MACHINE, BAD_INSTANCE),
     "services": listed(columns.SERVICES, SERVICES),
     "services-wide": listed(columns.SERVICES, SERVICES, True),
@@ -278,9 +286,9 @@ def test_to_the_letter(scene: str, width: int) -> None:
 
 @pytest.mark.parametrize(("scene", "width"), CASES)
 def test_it_fits(scene: str, width: int) -> None:
-    """But for -o wide, which leaves nothing out, and so may be wider than a narrow screen."""
+    """But for -o wide, which leaves nothing out, and so may be wider than a narrow screen, and --brief: one line."""
     lines = SCENES[scene](Screen(width)).splitlines()
-    if not scene.endswith("-wide"):
+    if not scene.endswith(("-wide", "-brief")):
         assert max(map(len, lines)) <= width
     assert [line for line in lines if line != line.rstrip()] == []
 
@@ -289,7 +297,7 @@ def test_it_fits(scene: str, width: int) -> None:
 def test_colours_change_nothing_but_colours(scene: str, width: int) -> None:
     painted = SCENES[scene](Screen(width, colour=True))
     assert re.sub(r"\x1b\[\d+m", "", painted) == SCENES[scene](Screen(width))
-    assert "\x1b[" in painted or scene == "diff-nothing"
+    assert "\x1b[" in painted or scene in ("diff-nothing", "status-brief")
 
 
 def test_no_golden_file_is_left_over() -> None:

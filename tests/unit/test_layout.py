@@ -6,12 +6,13 @@ import re
 
 import pytest
 
+from meshbpf.cli import layout
 from meshbpf.cli.layout import Column, Screen, cell, facts, printable, table, wrap
 
 COLUMNS = (
     Column("name", "NAME"),
     Column("count", "COUNT", drop=1),
-    Column("share", "SHARE", percent=True, drop=2),
+    Column("share", "SHARE", drop=2, form=layout.percent),
     Column("text", "MEANS", wrap=10),
     Column("state", "STATE", moods=True),
     Column("source", "SOURCE", wide=True),
@@ -104,7 +105,7 @@ def test_long_words_go_on_behind_a_slash_or_comma(text: str, lines: list[str]) -
 
 def test_no_data_is_a_dash_and_zero_is_data() -> None:
     assert [cell(value) for value in (None, "", {}, 0, {"a": 1, "b": 2})] == ["-", "-", "-", "0", "a 1, b 2"]
-    assert [cell(0.0, percent=True), cell(99.94, percent=True)] == ["0.0%", "99.9%"]
+    assert [cell(0.0, layout.percent), cell(99.94, layout.percent), cell(None, layout.age)] == ["0.0%", "99.9%", "-"]
 
 
 def test_a_name_does_not_steer_the_terminal() -> None:

@@ -15,7 +15,7 @@ import pytest
 import typer
 import yaml
 
-from meshbpf.cli import output
+from meshbpf.cli import layout, output
 from meshbpf.cli.layout import Column, Screen
 
 COLUMNS = (Column("service", "SERVICE"), Column("open", "OPEN"), Column("source", "SOURCE", wide=True))
@@ -88,4 +88,4 @@ def test_an_unknown_format_is_a_usage_error() -> None:
      (86400, "1d"), (784800, "9d2h")],
 )  # fmt: skip
 def test_ages_have_two_units(seconds: float, text: str) -> None:
-    assert output.age(seconds) == text
+    assert layout.age(seconds) == text

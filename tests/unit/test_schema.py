@@ -106,6 +106,54 @@ def faults(text: str, file: str = "f") -> list[str]:
     return [str(error).removeprefix(f"{file}:") for error in caught.value.errors]
 
 
+HEAD = "apiVersion: meshbpf.io/v1\nkind: Service\nmetadata: {name: orders}\n"
+ENDPOINTS = "  endpoints:\n" + "".join(f"    - {{address: 127.0.0.{n}, ports: {{http: 80}}}}\n" for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{HEAD}spec:\naddresses: [127.96.0.10]\nports: [{{name: a, port: 1}}]\nendpoints: []\n",
+         '5:1: "addresses", "ports", "endpoints" belong below spec: indent them'),
+        (f"{HEAD}spec:\n  addresses: [127.96.0.10]\nports: [{{name: a, port: 1}}]\n",
+         '6:1: "ports" belongs below spec: indent it'),
+        (f"{HEAD}spec:\n  port: [{{name: a, port: 1}}]\n", '5:3: unknown field "port" in spec: did you mean "ports"?'),
+        (f"{HEAD}spec:\n  ports: [http: 80]\n",
+         '5:11: unknown field "http" in spec.ports[0]: known: name, port, protocol'),
+        (f"{HEAD}spec:\n  ports: [{{http: 80, https: 443}}]\n",
+         '5:12: unknown fields "http", "https" in spec.ports[0]: known: name, port, protocol'),
+        (f"{HEAD}spec:\n  ports: [{{name: htp, port: 80}}]\n{ENDPOINTS}",
+         '7:36: spec.endpoints[0].ports.http is not a port of the service (2 more endpoints have it):'
+         ' did you mean "htp"?'),
+        (f"{HEAD}spec: none\n", '4:7: spec must be a mapping, got "none"'),
+        ("apiVersion: v1\nkind: Service\nmetadata: {name: orders}\nspec:\n  clusterIP: 192.0.2.1\n"
+         "  ports: [{name: http, port: 80, targetPort: 8080, protocol: TCP}]\n---\n"
+         "apiVersion: meshbpf.io/v1\nkind: ServicePolicy\nmetadata: {name: a}\nspec: {service: orders}\n",
+         '1:13: apiVersion must be meshbpf.io/v1, got "v1"'),
+        ("apiVersion: meshbpf.io/v1\nkind: Agent\nspec:\n  registries:\n    - embedded:\n      store: /x\n",
+         "5:7: spec.registries[0] must name one registry, for example embedded: {}"),
+        ("apiVersion: meshbpf.io/v1\nkind: Agent\nspec: {registries: [{http: 'http://192.0.2.1:1'}]}\n",
+         '3:28: spec.registries[0].http must be a mapping, got "http://192.0.2.1:1"'),
+        ("".join(f"apiVersion: meshbpf.io/v1\nkind: Service\nmetadata: {{name: {name}}}\nspec:\n"
+                 "  addresses: [127.96.0.10]\n  ports: [{name: a, port: 1}, {name: b, port: 2}]\n---\n"
+                 for name in ("one", "two")),
+         "12:15: 127.96.0.10:1 of service two is also service one at f:3:18: change the address or the port"),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_one_fault(text: str, says: str) -> None:
+    assert faults(text) == [says]
+
+
+def test_two_mistakes_are_two_faults() -> None:
+    assert faults(f"{HEAD}spec:\n  ports: [{{}}]\n  endpoints: [{{adress: 127.0.0.1}}]\n") == [
+        "5:11: spec.ports[0].name is missing: it must be the port's name, for example http",
+        "5:11: spec.ports[0].port is missing: it must be the port's number",
+        "6:15: spec.endpoints[0].ports is missing: it must be a mapping from port name to number, for example"
+        " {http: 8080}",
+        '6:16: unknown field "adress" in spec.endpoints[0]: did you mean "address"?',
+    ]
+
+
 def agent(spec: str) -> str:
     return f"apiVersion: meshbpf.io/v1\nkind: Agent\nspec: {spec}\n"
 

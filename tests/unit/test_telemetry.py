@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from meshbpf.model import Endpoint, Mesh, Service
 from meshbpf.reason import Reason
 from meshbpf.record import Record
-from meshbpf.telemetry import FROM_WORKERS, Facts, Totals, render
+from meshbpf.telemetry import ATTEMPTS, FROM_WORKERS, Facts, Totals, render
 from userspace_proxy.stats import KEEP, Snapshot, Stats
 
 BOTH = Mesh(
@@ -159,10 +159,10 @@ def test_promtool_has_nothing_to_say(full: bool) -> None:
 def test_the_totals_of_a_dead_worker_stay_and_its_gauges_go() -> None:
     totals = Totals()
     totals.adopt(BOTH, 0.0)
-    totals.update("1:100", counted())
-    totals.update("2:200", counted())
+    totals.update("1:100", counted(), 0.0)
+    totals.update("2:200", counted(), 0.0)
     totals.ended("1:100")
-    totals.update("1:101", counted())
+    totals.update("1:101", counted(), 0.0)
     totals.ended("unheard of")
     merged = totals.merged(1.0)
     assert [row[-1] for row in merged["requests_total"]] == [3]
@@ -175,7 +175,7 @@ def test_a_worker_that_reports_again_replaces_what_it_reported() -> None:
     totals = Totals()
     totals.adopt(BOTH, 0.0)
     for _ in range(3):
-        totals.update("1:100", counted())
+        totals.update("1:100", counted(), 0.0)
     assert [row[-1] for row in totals.merged(1.0)["requests_total"]] == [1]
 
 
@@ -183,10 +183,53 @@ def test_the_series_of_a_gone_endpoint_ends_after_ten_minutes_also_for_dead_work
     totals = Totals()
     totals.adopt(BOTH, 0.0)
     for host in ("127.0.0.1:8080", "127.0.0.2:8080"):
-        totals.update(host, counted(host))
+        totals.update(host, counted(host), 0.0)
         totals.ended(host)
     totals.adopt(ONE, 100.0)
     assert len(totals.merged(100.0 + KEEP - 1)["upstream_requests_total"]) == 2
     assert totals.merged(100.0 + KEEP)["upstream_requests_total"] == [["orders", "127.0.0.1:8080", "ok", 1]]
     totals.adopt(Mesh(), 2000.0)
     assert totals.merged(2000.0 + KEEP)["requests_total"] == []
+
+
+def tried(ok: int, refused: int, reset: int = 0) -> Snapshot:
+    counts = {"ok": ok, "connect_failed": refused, "upstream_reset": reset}
+    return {ATTEMPTS: [["orders", "127.0.0.1:8080", outcome, count] for outcome, count in counts.items() if count]}
+
+
+def test_how_an_endpoint_failed_last_and_how_long_ago() -> None:
+    totals = Totals()
+    totals.adopt(ONE, 0.0)
+    seen = []
+    for second, report in enumerate((tried(5, 0), tried(5, 2), tried(5, 2, 1), tried(6, 2, 1), tried(6, 2, 1)), 1):
+        totals.update("1:100", report, float(second))
+        seen.append(totals.endpoints(second + 0.5)["orders 127.0.0.1:8080"])
+    assert [(one["ok"], one["failed"], one["last_error"], one["last_error_seconds"]) for one in seen] == [
+        (5, 0, None, None), (5, 2, "connect_failed", 0.5), (5, 3, "upstream_reset", 0.5), (6, 3, "upstream_reset", 1.5),
+        (6, 3, "upstream_reset", 2.5),
+    ]  # fmt: skip
+    assert [one["failing"] for one in seen] == [False, True, True, False, False]
+
+
+def test_an_endpoint_that_fails_now_and_then_is_failing() -> None:
+    totals = Totals()
+    totals.adopt(ONE, 0.0)
+    totals.update("1:100", tried(5, 5), 1.0)
+    totals.update("2:200", tried(9, 0), 1.2)
+    assert not totals.endpoints(2.0)["orders 127.0.0.1:8080"]["failing"]
+    totals.update("1:100", tried(9, 6), 2.0)
+    assert totals.endpoints(3.0)["orders 127.0.0.1:8080"] == {
+        "ok": 18, "failed": 6, "last_error": "connect_failed", "last_error_seconds": 1.0, "failing": True,
+    }  # fmt: skip
+
+
+def test_the_failures_of_an_endpoint_that_is_long_gone_are_forgotten() -> None:
+    totals = Totals()
+    totals.adopt(ONE, 0.0)
+    totals.update("1:100", tried(0, 5), 1.0)
+    totals.ended("1:100")
+    totals.adopt(Mesh(), 2.0)
+    assert totals.endpoints(2.0 + KEEP) == {}
+    totals.adopt(ONE, 3.0 + KEEP)
+    totals.update("1:101", tried(1, 0), 4.0 + KEEP)
+    assert totals.endpoints(5.0 + KEEP)["orders 127.0.0.1:8080"]["last_error"] is None

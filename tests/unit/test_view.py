@@ -45,7 +45,9 @@ def test_a_service_that_the_kernel_knows_by_one_address_only() -> None:
 
 def test_endpoints_with_what_the_workers_saw() -> None:
     plane, reader = attached(MESH)
-    health = {"orders 127.0.0.1:8081": {"ok": 5, "failed": 1, "last_error": "connect_failed"}}
+    health = {
+        "orders 127.0.0.1:8081": {"ok": 5, "failed": 1, "last_error": "connect_failed", "last_error_seconds": 3.0}
+    }
     rows = view.endpoints(reader, MESH, None, health)
     assert [(row["endpoint"], row["port"], row["state"], row["weight"], row["ok"]) for row in rows] == [
         ("127.0.0.1:8081", "http", "ready", 100, 5),
@@ -53,7 +55,10 @@ def test_endpoints_with_what_the_workers_saw() -> None:
         ("[fd00::1]:8082", "http", "ready", 0, None),
         ("127.0.0.3:8083", "http", "draining", 100, None),
     ]
-    assert rows[0]["last_error"] == "connect_failed"
+    assert [(row["last_error"], row["last_error_seconds"]) for row in rows[:2]] == [
+        ("connect_failed", 3.0),
+        (None, None),
+    ]
     plane.tables.endpoints.clear()
     assert [row["state"] for row in view.endpoints(reader, MESH, None, {})] == [
         "not_in_kernel", "not_in_kernel", "not_in_kernel", "not_in_kernel",
