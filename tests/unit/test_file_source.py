@@ -79,6 +79,23 @@ async def test_renaming_over_the_file_is_a_change_more_than_once(tmp_path: Path)
             await files.until(name)
 
 
+async def test_a_rename_is_not_kept_waiting_by_the_draft_that_was_written_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inotify, "SPACING", 5.0)
+    path, draft = tmp_path / "mesh.yaml", tmp_path / "mesh.yaml.new"
+    path.write_text(service("a"))
+    async with Watching(path) as files:
+        await files.until("a")
+        draft.write_text(service("b"))
+        following = spawn(files.next(), "next")
+        await asyncio.sleep(inotify.BREATH * 4)  # the draft has been noticed by now
+        begun = asyncio.get_running_loop().time()
+        draft.rename(path)
+        assert names(await following) == ["b"]
+        assert asyncio.get_running_loop().time() - begun < inotify.SPACING / 5
+
+
 async def test_a_bad_file_keeps_the_last_good_snapshot_and_says_where_it_is_bad(tmp_path: Path) -> None:
     path = tmp_path / "mesh.yaml"
     path.write_text(service("orders"))
