@@ -96,8 +96,8 @@ class Inotify:
 
     async def changed(self, patience: float, quiet: float, longest: float) -> bool:
         """Whether something happens within `patience` seconds; returns when no file that is meant is being written, or
-        none was for `quiet` seconds, or after `longest`. What only others do is told at most every SPACING seconds, which
-        must not delay what a draft is written for: the rename that follows.
+        none was for `quiet` seconds, or after `longest`. What only others do is told at most every SPACING seconds; it
+        must not delay the rename that a draft is written for.
         """
         if not await self._more(patience):
             return False

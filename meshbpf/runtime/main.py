@@ -14,13 +14,13 @@ from meshbpf import garbage
 from meshbpf.model import Agent as AgentSettings
 from meshbpf.model import Mesh
 from meshbpf.registry.embedded import EmbeddedSource
-from meshbpf.registry.file import FileSource, read
+from meshbpf.registry.file import FileSource
 from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api, notify
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation, registries
-from meshbpf.schema import addresses
+from meshbpf.schema import addresses, files
 from meshbpf.tasks import spawn
 from userspace_proxy import accesslog
 
@@ -35,7 +35,8 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
     # Before anything that takes time: unhandled, the signal would end us. What is read below is new anyway.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     garbage.rarely()
-    content, said = read(paths)
+    texts, source = files.texts(paths), FileSource(paths)
+    said = source.first(texts)
     configured = Mesh(said.agent or AgentSettings(), said.services)
     accesslog.check(configured.agent.access_log)
     with options.instance.lock():
@@ -46,8 +47,8 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         )
         embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
         await embedded.start()
-        files, generation = FileSource(paths, (content, said)), last_generation(options.instance)
-        sources = Sources(files, embedded, registries(configured.agent, embedded), generation)
+        generation = last_generation(options.instance)
+        sources = Sources(source, embedded, registries(configured.agent, embedded), generation)
         watchers = sources.start()
         mesh = await sources.first()
         agent = Agent(options, mesh)

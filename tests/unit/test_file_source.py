@@ -155,7 +155,7 @@ async def test_what_begins_to_be_written_while_it_is_read_is_read_again(
 
         def meanwhile(paths: list[Path]) -> list[tuple[str, str]]:
             found = read(paths)
-            if "b" in names(module._snapshot(found)):
+            if "name: b" in found[0][1]:
                 path.write_text(service("c"))
             return found
 
@@ -275,11 +275,11 @@ async def test_without_notifications_a_look_every_second_finds_the_change(
     assert caplog.text.count("looking every second instead error=too many inotify watches") == 1
 
 
-def test_read_raises_every_fault_with_its_position(tmp_path: Path) -> None:
+def test_a_first_look_raises_every_fault_with_its_position(tmp_path: Path) -> None:
     path = tmp_path / "mesh.yaml"
     path.write_text(service("A").replace("80", "0"))
     with pytest.raises(module.files.ConfigErrors) as caught:
-        module.read([path])
+        FileSource([path]).first(module.files.texts([path]))
     assert [error.where for error in caught.value.errors] == [f"{path}:3:18", f"{path}:6:30"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbpf.model import Port, Protocol, Service
-from meshbpf.schema import ConfigErrors, Parsed, _parse, jsontext, ordinary, parse
+from meshbpf.schema import ConfigErrors, Parsed, _parse, jsontext, ordinary, parse, pieces
 from meshbpf.yamlpos import Mark
 
 ODD: list[Any] = [None, "", "x y", 0, -1, 1.5, True, [], {}, "off", 70_000, {"a": 1}, ["a"]]
@@ -121,9 +121,10 @@ def test_what_is_ordinary_is_read_quickly() -> None:
         quick = ordinary.read({**GOOD, "spec": {**GOOD["spec"], "ports": ports}}, Mark("f", 1, 1))
         assert quick is not None
         assert quick.service.ports == (Port("main", 80, protocol),)
-    found = jsontext.read(f"---\n{json.dumps(GOOD)}\n---\n\n  {json.dumps(GOOD, indent=1)}\n")
-    assert found is not None
-    assert [(piece.line, piece.column) for piece in found] == [(2, 1), (5, 3)]
+    cut = pieces.cut(f"---\n{json.dumps(GOOD)}\n---\n\n  {json.dumps(GOOD, indent=1)}\n")
+    found = [read for piece in cut if (read := jsontext.read(piece.text))]
+    assert [piece.first_line for piece in cut] == [2, 4]
+    assert [(read.line, read.column) for read in found] == [(1, 1), (2, 3)]
 
 
 @pytest.mark.parametrize(
