@@ -78,6 +78,7 @@ class Merger:
 
     def __init__(self) -> None:
         self._snapshots: Sequence[Snapshot] = ()
+        self._spoken: list[dict[ServiceId, Service]] = []  # their services
         self._agent = Agent()
         self._drafts: dict[ServiceId, _Draft] = {}  # before anybody's addresses are judged or given
         self._order: list[ServiceId] = []
@@ -122,6 +123,41 @@ class Merger:
         """Look at what the sources say; forget what was concluded from what they do not say any more."""
         if len(snapshots) == len(self._snapshots) and all(map(is_, snapshots, self._snapshots)):
             return
+        if not self._take_changes(snapshots):
+            self._take_all(snapshots)
+        self._snapshots = tuple(snapshots)
+
+    def _take_changes(self, snapshots: Sequence[Snapshot]) -> bool:
+        """Look at the services that changed only; False when that is not all there is to do."""
+        if [_frame(s) for s in snapshots] != [_frame(s) for s in self._snapshots]:
+            return False
+        changed: set[ServiceId] = set()
+        spoken = [
+            known if new is old else {service.id: service for service in new.services}
+            for known, new, old in zip(self._spoken, snapshots, self._snapshots, strict=True)
+        ]
+        if sum(map(len, spoken)) != sum(len(snapshot.services) for snapshot in snapshots):
+            return False  # a source that says something twice
+        drafts: dict[ServiceId, _Draft] = {}
+        for known, new in zip(self._spoken, spoken, strict=True):
+            if known is new:
+                continue
+            if known.keys() != new.keys():
+                return False
+            changed.update(identity for identity, service in new.items() if service is not known[identity])
+        for identity in changed:
+            old = self._drafts[identity]
+            said = [(rank, services[identity]) for rank, services in enumerate(spoken) if identity in services]
+            drafts[identity] = _draft(said, old.policy)
+            if _called(old) != _called(drafts[identity]):
+                return False
+        for identity in drafts:
+            self._finished.pop(identity, None)
+        self._drafts.update(drafts)
+        self._spoken = spoken
+        return True
+
+    def _take_all(self, snapshots: Sequence[Snapshot]) -> None:
         words: dict[ServiceId, list[tuple[int, Service]]] = {}
         for rank, snapshot in enumerate(snapshots):
             for service in snapshot.services:
@@ -143,7 +179,8 @@ class Merger:
         if not same:
             self._order = sorted(drafts, key=lambda identity: (identity[1], identity[0]))
             self._wanted = self._given = None
-        self._snapshots, self._agent, self._drafts = tuple(snapshots), agent, drafts
+        self._agent, self._drafts = agent, drafts
+        self._spoken = [{service.id: service for service in snapshot.services} for snapshot in snapshots]
 
     def _copies(self) -> list[_Draft]:
         return [dataclasses.replace(self._drafts[identity]) for identity in self._order]
@@ -218,6 +255,11 @@ def _agent(snapshots: Sequence[Snapshot]) -> Agent:
 
 def _setting(snapshot: Snapshot) -> tuple[str, bool]:
     return (snapshot.source, snapshot.allow_loopback)
+
+
+def _frame(snapshot: Snapshot) -> tuple[object, ...]:
+    """All that a snapshot says besides its services, as far as a mesh depends on it."""
+    return (_setting(snapshot), snapshot.agent, snapshot.policies)
 
 
 def _same_words(old: Sequence[tuple[int, Service]], new: Sequence[tuple[int, Service]]) -> bool:
