@@ -241,7 +241,7 @@ class Agent:
                     self._end_stranded()
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
-            await self.following.note_again()
+            self.following.note_again()
 
     def _endpoint_left(self) -> None:
         self._left = True  # for the next scan, too: a connect() may be just reading the tables as they were
@@ -284,6 +284,7 @@ class Agent:
             self._events.close()
             self._events = None
         await self.supervisor.drain(0.0)
+        await self.following.noted()
         self.namespaces.close()
         if self._prepared is not None:
             dataplane.abandon(self._prepared)
