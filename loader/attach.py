@@ -12,13 +12,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loader import abi, btf, compile, environment, libbpf, redirect
+from loader.compile import Compiler
 from loader.detach import detach, drop_stale
 from loader.hooks import CGROUP_HOOKS, attach_hooks, refuse_shared
 from loader.instance import Instance
 from loader.tables import SHAPES, Dataplane
 from meshbpf import wire
 from meshbpf.errors import Busy, DataplaneError, EnvironmentLack, MeshError
-from meshbpf.model import Mesh
+from meshbpf.model import MapSizes, Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
 
 
 def _prepare_steps(
-    instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False
+    instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False, compiler: Compiler | None = None
 ) -> Generator[str, None, Prepared]:
     """`naive` also loads the self-test's control program."""
     environment.require_capabilities()
@@ -62,14 +63,10 @@ def _prepare_steps(
     for folder in (instance.pins.parent, instance.pins, maps, instance.programs, instance.links, stage):
         _make_own(folder)
     yield "folders"
-    defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
-    defines |= {"NETNS_COOKIES": int(cookies), "MPTCP": int(btf.leads_to_mptcp())}
-    defines["SET_RETVAL"] = int(environment.has_set_retval())
-    defines["MACHINE"] = environment.machine()
-    defines |= {"REDIRECT": int(bool(fields_of_kernel)), "SELFTEST": int(naive), **fields_of_kernel}
     optional = (*redirect.PROGRAMS, *((redirect.NAIVE,) if naive else ())) if fields_of_kernel else ()
-    job = compile.Job(str(maps), str(stage), defines, tuple(CGROUP_HOOKS), optional)
-    lack = lack or " ".join(f"{name}: {why}" for name, why in compile.compile_and_pin(job).items())
+    job = compile.Job(str(maps), str(stage), _defines(sizes, naive), tuple(CGROUP_HOOKS), optional)
+    refused = (compiler or Compiler()).run(job)
+    lack = lack or " ".join(f"{name}: {why}" for name, why in refused.items())
     yield "compiled"
     with contextlib.closing(Dataplane(instance, layout, sizes)) as dataplane:
         dataplane.apply(mesh)
@@ -95,9 +92,15 @@ def _lead_steps(prepared: Prepared) -> Iterator[str]:
     yield "state written"
 
 
-def prepare(instance: Instance, cgroups: Sequence[Path], mesh: Mesh) -> Prepared:
+def foresee(compiler: Compiler, sizes: MapSizes) -> None:
+    """Have `compiler` begin with what a `prepare` for tables of these sizes will ask of it."""
+    with contextlib.suppress(MeshError):  # what this machine lacks, `prepare` says
+        compiler.begin(_defines(sizes, naive=False))
+
+
+def prepare(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, compiler: Compiler | None = None) -> Prepared:
     """All of an attach but the leading, for who wants to be ready first. Then `lead`, or `abandon`."""
-    steps = _prepare_steps(instance, cgroups, mesh)
+    steps = _prepare_steps(instance, cgroups, mesh, compiler=compiler)
     next(steps)  # who is refused here has made nothing
     with _undoing(instance):
         while True:
@@ -158,6 +161,14 @@ def _undoing(instance: Instance) -> Iterator[None]:
             with contextlib.suppress(Busy):  # what an earlier detach had to leave
                 detach(instance)
         raise
+
+
+def _defines(sizes: MapSizes, naive: bool) -> dict[str, int]:
+    fields_of_kernel, _lack = _redirect_defines()
+    defines = {f"SIZE_{field.name.upper()}": getattr(sizes, field.name) for field in fields(sizes)}
+    defines |= {"NETNS_COOKIES": int(environment.has_netns_cookies()), "MPTCP": int(btf.leads_to_mptcp())}
+    defines |= {"SET_RETVAL": int(environment.has_set_retval()), "MACHINE": environment.machine()}
+    return defines | {"REDIRECT": int(bool(fields_of_kernel)), "SELFTEST": int(naive), **fields_of_kernel}
 
 
 def _redirect_defines() -> tuple[dict[str, int], str]:

@@ -1,18 +1,24 @@
 """The one file that imports bcc. `python -m loader.compile` is a short-lived child, so LLVM's 120 MB are given back.
 
-Reads a job (JSON) on stdin, compiles the inlined text, loads every program and pins it in `programs`; its tables are
-those pinned in `maps`, made where missing. Prints {"programs": [...], "refused": {...}} or, on failure, {"error"}.
+Reads defines (a line of JSON) on stdin and compiles the inlined text: nothing is seen of that from outside. Then it
+needs a job on the rest of stdin, at whose end without one it ends: it loads every program and pins it in `programs`;
+its tables are those pinned in `maps`, made where missing. Prints {"programs": [...], "refused": {...}} or, on failure,
+{"error"}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from loader import environment, libbpf, source
@@ -54,36 +60,67 @@ class Job:
     optional: tuple[str, ...] = ()
 
 
-def compile_and_pin(job: Job) -> dict[str, str]:
-    """Run `job` in a child process; returns the optional programs that were refused, with the kernel's words.
-
-    Raises EnvironmentLack without bcc, DataplaneError with the compiler's words.
+class Compiler:
+    """Compiles in a child process, which may begin before there is a job. Close it: no child is left then, nor when we
+    die.
     """
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", "loader.compile"],  # -P: nothing of the working directory's
-        input=json.dumps(asdict(job)),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "BCC_KERNEL_SOURCE": str(HEADERS), "PYTHONPATH": str(source.BPF.parent)},
-    )
-    try:
-        answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        answer = {"error": f"the compiler process ended with {child.returncode}"}
-    if answer.get("error") == "bcc":
-        raise EnvironmentLack(
-            "bcc (Python) is missing",
-            "apt-get install python3-bpfcc, and a virtual environment that sees it (make setup)",
+
+    def __init__(self) -> None:
+        self._begun: tuple[dict[str, int], subprocess.Popen[str]] | None = None
+
+    def begin(self, defines: dict[str, int]) -> None:
+        """Have a child compile with these defines, unless that has begun; one that has begun with others is ended."""
+        if self._begun is not None and self._begun[0] == defines:
+            return
+        self.close()
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "loader.compile"],  # -P: nothing of the working directory's
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "BCC_KERNEL_SOURCE": str(HEADERS), "PYTHONPATH": str(source.BPF.parent)},
         )
-    if "error" in answer and "Operation not permitted" in child.stderr:
-        what = answer["error"].splitlines()[0]
-        older = "; before kernel 5.11, CAP_SYS_RESOURCE is needed too"
-        raise EnvironmentLack(f"{what}: the kernel says EPERM{environment.filtered()}", environment.LET_BPF + older)
-    if "error" in answer:
-        raise DataplaneError(f"{answer['error']}\n{child.stderr.strip()[-4000:]}")
-    refused = {name: f"{error}\n{child.stderr.strip()[-4000:]}" for name, error in answer["refused"].items()}
-    return refused
+        self._begun = defines, child
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died: what it says of that is heard with the job
+            child.stdin.write(f"{json.dumps(defines)}\n")
+            child.stdin.flush()
+
+    def run(self, job: Job) -> dict[str, str]:
+        """Do `job`; returns the optional programs that were refused, with the kernel's words.
+
+        Raises EnvironmentLack without bcc, DataplaneError with the compiler's words.
+        """
+        self.begin(job.defines)
+        stdout, stderr, code = self._end(json.dumps(asdict(job)))
+        try:
+            answer: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+        except (ValueError, IndexError):
+            answer = {"error": f"the compiler process ended with {code}"}
+        if answer.get("error") == "bcc":
+            raise EnvironmentLack(
+                "bcc (Python) is missing",
+                "apt-get install python3-bpfcc, and a virtual environment that sees it (make setup)",
+            )
+        if "error" in answer and "Operation not permitted" in stderr:
+            what = answer["error"].splitlines()[0]
+            older = "; before kernel 5.11, CAP_SYS_RESOURCE is needed too"
+            raise EnvironmentLack(f"{what}: the kernel says EPERM{environment.filtered()}", environment.LET_BPF + older)
+        if "error" in answer:
+            raise DataplaneError(f"{answer['error']}\n{stderr.strip()[-4000:]}")
+        return {name: f"{error}\n{stderr.strip()[-4000:]}" for name, error in answer["refused"].items()}
+
+    def close(self) -> None:
+        """End a child that has no job."""
+        if self._begun is not None:
+            self._end("")
+
+    def _end(self, job: str) -> tuple[str, str, int]:
+        """Tell the child its job, or that there is none; what it said, and how it ended."""
+        assert self._begun is not None
+        (_defines, child), self._begun = self._begun, None
+        return (*child.communicate(job), child.returncode)
 
 
 class _Instruction(ct.Structure):
@@ -118,19 +155,31 @@ def _lead(module: Any, lib: Any, name: str, instead: dict[int, int]) -> None:
             step.immediate = instead.get(step.immediate, step.immediate)
 
 
+def _await_job(told: FileIO, jobs: SimpleQueue[Job]) -> None:
+    text = told.readall()
+    if not text:
+        os._exit(0)  # in the middle of compiling: who could have had a job has none, or has died
+    jobs.put(Job(**json.loads(text)))
+
+
 def main() -> int:
-    job = Job(**json.load(sys.stdin))
+    # Unbuffered: who is ended while another thread reads a buffered stdin aborts.
+    told = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
+    defines = json.loads(told.readline())
+    jobs: SimpleQueue[Job] = SimpleQueue()
+    threading.Thread(target=_await_job, args=(told, jobs), daemon=True).start()
     try:
         from bcc import BPF, lib
     except ImportError:
         print(json.dumps({"error": "bcc"}))
         return 1
-    flags = [f"-D{name}={value}" for name, value in job.defines.items()]
+    flags = [f"-D{name}={value}" for name, value in defines.items()]
     try:
         module = BPF(text=source.text(), cflags=flags)
     except Exception as error:  # noqa: BLE001  bcc raises bare Exception
         print(json.dumps({"error": f"compile: {error}"}))
         return 1
+    job = jobs.get()
     instead = _tables(module, lib, Path(job.maps))
     refused: dict[str, str] = {}
     for name in (*job.names, *job.optional):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loader.attach import Prepared, abandon, attach, attach_steps, lead, prepare, write_state
+from loader.attach import Prepared, abandon, attach, attach_steps, foresee, lead, prepare, write_state
+from loader.compile import Compiler
 from loader.detach import detach
 from loader.hooks import CGROUP_HOOKS, reattach
 from loader.tables import SHAPES, Applied, Dataplane, netns_cookie, open_pins
@@ -11,12 +12,14 @@ __all__ = [
     "CGROUP_HOOKS",
     "SHAPES",
     "Applied",
+    "Compiler",
     "Dataplane",
     "Prepared",
     "abandon",
     "attach",
     "attach_steps",
     "detach",
+    "foresee",
     "lead",
     "netns_cookie",
     "open_pins",

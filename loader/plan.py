@@ -35,6 +35,7 @@ TCP = 6
 ENDPOINT = struct.Struct(">16sHBB")  # EndpointValue, and ServiceKey with a protocol instead of the flag
 SLOT = struct.Struct("<II")  # SlotKey
 POLICY = struct.Struct("<IIBBBBII")  # PolicyValue
+OCTETS = {str(number): bytes([number]) for number in range(256)}
 Table = dict[bytes, bytes]
 TABLES = ("services", "policies", "slots", "serving", "endpoints")
 KEEPS, TAKES = (number.to_bytes(4, "little") for number in abi.Serving)
@@ -82,9 +83,11 @@ def service_key(address: str, port: int, protocol: Protocol) -> bytes:
 
 def packed(address: str) -> bytes:
     """As `abi.pack_address`, of an address in its canonical text: a large mesh asks for hundreds of thousands."""
-    if ":" not in address and len(four := bytes(map(int, address.split(".")))) == 4:
-        return MAPPED + four
-    return bytes(abi.pack_address(address))
+    try:
+        one, two, three, four = address.split(".")
+        return MAPPED + OCTETS[one] + OCTETS[two] + OCTETS[three] + OCTETS[four]
+    except (ValueError, KeyError):
+        return bytes(abi.pack_address(address))
 
 
 def endpoint_value(endpoint: Endpoint, port: int) -> bytes:
@@ -142,11 +145,10 @@ class PortRows:
     policy: bytes
 
 
-def _limit(port: Port, policy: ServicePolicy) -> int:
+def _limit(port: Port, policy: ServicePolicy, direct: bool) -> int:
     """How many connections connect lets be open at once; 0: it does not count. The proxy counts its own."""
     tcp = policy.connection_pool.tcp
-    direct = port.protocol is not Protocol.UDP and choose(port, policy).carrier is Carrier.DIRECT
-    return tcp.max_connections if direct and tcp.limits_direct else 0
+    return tcp.max_connections if direct and port.protocol is not Protocol.UDP and tcp.limits_direct else 0
 
 
 def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int, ids: EndpointIds) -> PortRows:
@@ -169,16 +171,17 @@ def rows_of(service: Service, port: Port, policy: ServicePolicy, service_id: int
         if notes:
             serving.append((own + key, TAKES if takes else KEEPS))
     chosen = spread(picked, policy.load_balancer)
+    direct = choose(port, policy).carrier is Carrier.DIRECT
     slots = [(SLOT.pack(service_id, index), key) for index, key in enumerate(chosen.slots)]
     held = POLICY.pack(
         len(slots),
         chosen.ipv4,
-        abi.Carried.DIRECT if choose(port, policy).carrier is Carrier.DIRECT else abi.Carried.PROXY,
+        abi.Carried.DIRECT if direct else abi.Carried.PROXY,
         chosen.pick,
         abi.Down.REFUSE if policy.on_proxy_down is OnProxyDown.REFUSE else abi.Down.DIRECT,
         0,
         round(1000 * policy.load_balancer.session_affinity_timeout) if affinity else 0,
-        _limit(port, policy),
+        _limit(port, policy, direct),
     )
     return PortRows(endpoints, serving, slots, held)
 
@@ -218,7 +221,7 @@ def plan(mesh: Mesh, have: Tables, free: Ids = Ids()) -> Plan:
 def _still_led(mesh: Mesh, known: Mapping[bytes, int]) -> dict[int, set[bytes]]:
     """Service id → the keys that the kernel leads by it and that the mesh still has."""
     led: dict[int, set[bytes]] = {service_id: set() for service_id in known.values()}
-    for _service, _port, keys in carried(mesh):
+    for _service, _port, keys in carried(mesh) if known else ():
         for key in keys:
             if key in known:
                 led[known[key]].add(key)

@@ -51,9 +51,10 @@ def spread(picked: list[tuple[bytes, bytes, int]], policy: LoadBalancer) -> Spre
     if policy.consistent_hash.use_source_ip:
         return _hashed(picked, policy.consistent_hash.maglev.table_size)
     turns = [picked[which] for which in interleave(shares([weight for _key, _value, weight in picked]))]
-    turns.sort(key=lambda turn: not is_ipv4(turn[1]))  # stable: IPv4 first, each family still spread evenly
+    four = [key for key, value, _weight in turns if is_ipv4(value)]  # first, and each family still spread evenly
+    six = [key for key, value, _weight in turns if not is_ipv4(value)] if len(four) < len(turns) else []
     pick = abi.Pick.RANDOM if policy.simple is Balance.RANDOM else abi.Pick.ROUND_ROBIN
-    return Spread([turn[0] for turn in turns], sum(is_ipv4(turn[1]) for turn in turns), pick)
+    return Spread(four + six, len(four), pick)
 
 
 def slots_of(endpoints: list[Endpoint], policy: LoadBalancer) -> int:

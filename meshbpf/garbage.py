@@ -7,11 +7,18 @@ import gc
 from collections.abc import Iterator
 
 
-def rarely() -> None:
-    """For a process that stays: what is loaded by now is never looked at, the rest rarely."""
-    gc.collect()
+def not_yet() -> None:
+    """For a process that makes much to keep before it is ready, and then looks `rarely`."""
+    gc.disable()
+
+
+def rarely(first: bool = True) -> None:
+    """For a process that stays: what is loaded by now is never looked at, the rest rarely. `first`: but once, now."""
+    if first:
+        gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @contextlib.contextmanager

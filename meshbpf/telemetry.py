@@ -116,12 +116,13 @@ class Totals:
             seen = found.setdefault(f"{service} {endpoint}", dict(fresh))
             seen["ok" if outcome == "ok" else "failed"] += count
         for key, (failed_at, outcome) in list(self._failed.items()):
-            if (seen := found.get(" ".join(key))) is None:
+            row = found.get(" ".join(key))
+            if row is None:
                 del self._failed[key]  # long gone
                 self._served.pop(key, None)
                 continue
             failing = failed_at >= self._served.get(key, failed_at)
-            seen |= {"last_error": outcome, "last_error_seconds": round(now - failed_at, 1), "failing": failing}
+            row |= {"last_error": outcome, "last_error_seconds": round(now - failed_at, 1), "failing": failing}
         return found
 
     def _current(self, snapshot: Snapshot, now: float) -> Snapshot:

@@ -58,18 +58,23 @@ def service_text(service: Service) -> str:
 
 
 def _told(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else _teller(typing.cast(Any, type(value)))(value)
+    kind: Any = type(value)
+    return _teller(kind)(value)
 
 
 @cache
 def _teller(kind: Any) -> Callable[[Any], dict[str, Any]]:
-    """What a dataclass with these fields says that its defaults do not."""
+    """What a mapping says, or a dataclass with these fields that its defaults do not."""
+    if issubclass(kind, Mapping):
+        return dict
     known = dataclasses.fields(kind)
     names, read = _names(kind), attrgetter(*_names(kind))
     usual = [
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory() for field in known
     ]
-    return lambda value: {n: is_ for n, is_, was in zip(names, read(value), usual, strict=True) if is_ != was}
+    return lambda value: {
+        n: is_ for n, is_, was in zip(names, read(value), usual, strict=True) if is_ is not was and is_ != was
+    }
 
 
 _brief = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_told)

@@ -79,10 +79,13 @@ class Document:
 
 @dataclass(slots=True)
 class Text:
-    """What one text holds. With `faults` the documents are those that came before the text stopped making sense."""
+    """What one text holds. With `faults` the documents are those that came before the text stopped making sense.
+    `repeated`: how many of the values are there by an alias.
+    """
 
     documents: list[Document] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    repeated: int = 0
 
 
 def read(file: str, text: str, first_line: int = 1) -> Text:
@@ -142,7 +145,6 @@ class _Builder:
         self._result = result
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[Any, int] | None] = {}  # None: still open, so an alias to it would be endless
-        self._repeated = 0
 
     def take(self, event: yaml.Event) -> None:
         mark = event.start_mark
@@ -186,8 +188,8 @@ class _Builder:
         known = self._anchors[event.anchor]
         if known is None:
             raise _Stop(at, f"*{event.anchor} is inside its own anchor")
-        self._repeated += known[1]
-        if self._repeated > MAX_REPEATED:
+        self._result.repeated += known[1]
+        if self._result.repeated > MAX_REPEATED:
             raise _Stop(at, f"aliases repeat more than {MAX_REPEATED} values: write fewer aliases")
         self._put(known[0], at, known[1])
 

@@ -24,7 +24,7 @@ from meshbpf.registry.registrar import Registrar
 from meshbpf.registry.services import service_of
 from meshbpf.registry.store import Store
 
-COALESCE = 0.02  # seconds: a deployment registers many instances at once, and each snapshot is compared as a whole
+COALESCE = 0.02  # seconds between snapshots: a deployment registers many instances at once, and each costs a merge
 SOURCE = "registry"
 
 
@@ -109,15 +109,16 @@ class EmbeddedSource:
 
     async def watch(self) -> AsyncIterator[Snapshot]:
         await self.start()
-        news = self.registrar.news
+        news, clock = self.registrar.news, asyncio.get_running_loop().time
         known: Known = {}
         try:
             while True:
                 news.clear()
+                next_at = clock() + COALESCE
                 services = services_of(self.registrar.leases, known)
                 yield Snapshot(services, error=self.registrar.problem, source=self.name)
                 await news.wait()
-                await asyncio.sleep(COALESCE)
+                await asyncio.sleep(max(0.0, next_at - clock()))
         finally:
             await self.close()
 

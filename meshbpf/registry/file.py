@@ -23,7 +23,7 @@ from pathlib import Path
 from meshbpf.errors import ConfigError
 from meshbpf.registry.base import Snapshot
 from meshbpf.registry.inotify import Inotify
-from meshbpf.schema import files, parse
+from meshbpf.schema import Known, files, parse
 from meshbpf.tasks import spawn
 
 log = logging.getLogger("registry.file")
@@ -37,26 +37,27 @@ Content = list[tuple[str, str]] | str  # what was read, or why it could not be
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
-def read(paths: Sequence[Path]) -> tuple[Content, Snapshot]:
-    """What the files say now, and what it means. Raises `ConfigErrors` with every fault."""
-    content = files.texts(paths)
-    return content, _snapshot(content)
-
-
 class FileSource:
-    """`reload` (SIGHUP) reads again and tells even if nothing changed; `watch` may be iterated once at a time. `known`
-    is what the files said a moment ago: as long as they still say it, it is not made sense of again.
-    """
+    """`reload` (SIGHUP) reads again and tells even if nothing changed; `watch` may be iterated once at a time."""
 
     name = "files"
 
-    def __init__(self, paths: Sequence[Path], known: tuple[Content, Snapshot] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = [Path(path) for path in paths]
-        self._known = known
+        self._pieces: Known = {}
+        self._first: tuple[Content, Snapshot] | None = None
         self._wake = asyncio.Event()
         self._told_to = False
         self._stamp: Stamp = ()  # of what was read, taken before it was read
         self._notices: Inotify | None = None  # while there are some
+
+    def first(self, texts: list[tuple[str, str]]) -> Snapshot:
+        """What the files mean that have just been read, for who must know before `watch`, which does not look into them
+        again as long as they say the same. Raises `ConfigErrors` with every fault.
+        """
+        snapshot = _snapshot(texts, self._pieces)
+        self._first = (texts, snapshot)
+        return snapshot
 
     def reload(self) -> None:
         self._told_to = True
@@ -90,10 +91,10 @@ class FileSource:
             await asyncio.wait([watcher])
 
     def _next(self, content: Content, good: Snapshot, filled: frozenset[str]) -> Snapshot:
-        known, self._known = self._known, None
-        if known is not None and known[0] == content:
-            return known[1]
-        return _next(content, good, filled)
+        first, self._first = self._first, None
+        if first is not None and first[0] == content:
+            return first[1]
+        return _next(content, good, filled, self._pieces)
 
     async def _notice(self) -> None:
         """Set `_wake` whenever something may have changed, for ever."""
@@ -191,7 +192,7 @@ def _content(paths: Sequence[Path]) -> Content:
         return str(error)
 
 
-def _next(content: Content, good: Snapshot, filled: frozenset[str]) -> Snapshot:
+def _next(content: Content, good: Snapshot, filled: frozenset[str], known: Known) -> Snapshot:
     """The snapshot of what was read, or the last good one with the reason why it is not newer.
 
     `filled` are the files that said something: a writer who truncates first and writes later (`generate > mesh.yaml`)
@@ -204,11 +205,11 @@ def _next(content: Content, good: Snapshot, filled: frozenset[str]) -> Snapshot:
         why = "is empty, so what it said before stays: write a comment into it if nothing is meant"
         return replace(good, error="\n".join(f"{file}:1:1: {why}" for file in emptied), stale=True)
     try:
-        return _snapshot(content)
+        return _snapshot(content, known)
     except ConfigError as error:
         return replace(good, error=str(error), stale=True)
 
 
-def _snapshot(texts: Sequence[tuple[str, str]]) -> Snapshot:
-    parsed = parse(texts)
+def _snapshot(texts: Sequence[tuple[str, str]], known: Known) -> Snapshot:
+    parsed = parse(texts, known)
     return Snapshot(parsed.services, parsed.policies, parsed.agent, source=FileSource.name)

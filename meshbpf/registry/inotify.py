@@ -22,6 +22,7 @@ _MASK = (
     MODIFY | ATTRIB | CLOSE_WRITE | MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF | ONLYDIR
 )  # fmt: skip
 SPACING = 0.05  # a log may be written beside the configuration, and each look at names and times costs a little
+BREATH = 0.005  # … and so does each look at who it was
 _HEAD = struct.Struct("iIII")  # watch, mask, cookie, length of the name
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -95,12 +96,14 @@ class Inotify:
 
     async def changed(self, patience: float, quiet: float, longest: float) -> bool:
         """Whether something happens within `patience` seconds; returns when no file that is meant is being written, or
-        none was for `quiet` seconds, or after `longest`. What only others do is told at most every SPACING seconds.
+        none was for `quiet` seconds, or after `longest`. What only others do is told at most every SPACING seconds; it
+        must not delay the rename that a draft is written for.
         """
         if not await self._more(patience):
             return False
-        if self._heard == self._answered:
-            await asyncio.sleep(SPACING)
+        spaced = asyncio.get_running_loop().time() + SPACING
+        while self._heard == self._answered and asyncio.get_running_loop().time() < spaced:
+            await asyncio.sleep(BREATH)
             self._take()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from types import MappingProxyType
@@ -78,7 +78,9 @@ class Merger:
 
     def __init__(self) -> None:
         self._snapshots: Sequence[Snapshot] = ()
+        self._spoken: list[dict[ServiceId, Service]] = []  # their services
         self._agent = Agent()
+        self._suspect = addresses.suspect_ports(self._agent)
         self._drafts: dict[ServiceId, _Draft] = {}  # before anybody's addresses are judged or given
         self._order: list[ServiceId] = []
         self._wanted: Wanted | None = None
@@ -122,6 +124,41 @@ class Merger:
         """Look at what the sources say; forget what was concluded from what they do not say any more."""
         if len(snapshots) == len(self._snapshots) and all(map(is_, snapshots, self._snapshots)):
             return
+        if not self._take_changes(snapshots):
+            self._take_all(snapshots)
+        self._snapshots = tuple(snapshots)
+
+    def _take_changes(self, snapshots: Sequence[Snapshot]) -> bool:
+        """Look at the services that changed only; False when that is not all there is to do."""
+        if [_frame(s) for s in snapshots] != [_frame(s) for s in self._snapshots]:
+            return False
+        changed: set[ServiceId] = set()
+        spoken = [
+            known if new is old else {service.id: service for service in new.services}
+            for known, new, old in zip(self._spoken, snapshots, self._snapshots, strict=True)
+        ]
+        if sum(map(len, spoken)) != sum(len(snapshot.services) for snapshot in snapshots):
+            return False  # a source that says something twice
+        drafts: dict[ServiceId, _Draft] = {}
+        for known, new in zip(self._spoken, spoken, strict=True):
+            if known is new:
+                continue
+            if known.keys() != new.keys():
+                return False
+            changed.update(identity for identity, service in new.items() if service is not known[identity])
+        for identity in changed:
+            old = self._drafts[identity]
+            said = [(rank, services[identity]) for rank, services in enumerate(spoken) if identity in services]
+            drafts[identity] = _draft(said, old.policy)
+            if _called(old) != _called(drafts[identity]):
+                return False
+        for identity in drafts:
+            self._finished.pop(identity, None)
+        self._drafts.update(drafts)
+        self._spoken = spoken
+        return True
+
+    def _take_all(self, snapshots: Sequence[Snapshot]) -> None:
         words: dict[ServiceId, list[tuple[int, Service]]] = {}
         for rank, snapshot in enumerate(snapshots):
             for service in snapshot.services:
@@ -143,7 +180,8 @@ class Merger:
         if not same:
             self._order = sorted(drafts, key=lambda identity: (identity[1], identity[0]))
             self._wanted = self._given = None
-        self._snapshots, self._agent, self._drafts = tuple(snapshots), agent, drafts
+        self._agent, self._suspect, self._drafts = agent, addresses.suspect_ports(agent), drafts
+        self._spoken = [{service.id: service for service in snapshot.services} for snapshot in snapshots]
 
     def _copies(self) -> list[_Draft]:
         return [dataclasses.replace(self._drafts[identity]) for identity in self._order]
@@ -165,7 +203,7 @@ class Merger:
         uncarried = [port.name for port in draft.uncarried]
         protocols = {port.name: port.protocol for port in service.ports}
         layers = {port.name: addresses.layer4(port.protocol) for port in service.ports}
-        suspect = addresses.suspect_ports(self._agent)
+        suspect, taken = self._suspect, self._taken
         seen: set[tuple[str, str, int]] = set()
         kept: list[Endpoint] = []
         for rank, word in draft.words:
@@ -178,8 +216,8 @@ class Merger:
                 ports: dict[str, int] = {}
                 for name, number in endpoint.ports.items():
                     # Most are in order; the rest is looked at more closely, to say why.
-                    if (name not in layers or number in suspect or (address, layers[name], number) in self._taken) and (
-                        why := _refused_port(address, name, number, protocols, self._agent, self._taken)
+                    if (name not in layers or number in suspect or (address, layers[name], number) in taken) and (
+                        why := _refused_port(address, name, number, protocols, self._agent, taken)
                     ):
                         if name not in uncarried:
                             problems.append(Problem(service.label, addresses.joined(address, number), why))
@@ -187,7 +225,8 @@ class Merger:
                     # state holds.
                     elif (address, name, number) not in seen:
                         ports[name] = number
-                seen.update([(address, name, number) for name, number in ports.items()])
+                for name, number in ports.items():
+                    seen.add((address, name, number))
                 if not endpoint.source:
                     endpoint = dataclasses.replace(endpoint, source=source)  # noqa: PLW2901
                 if len(ports) == len(endpoint.ports):
@@ -218,6 +257,11 @@ def _agent(snapshots: Sequence[Snapshot]) -> Agent:
 
 def _setting(snapshot: Snapshot) -> tuple[str, bool]:
     return (snapshot.source, snapshot.allow_loopback)
+
+
+def _frame(snapshot: Snapshot) -> tuple[object, ...]:
+    """All that a snapshot says besides its services, as far as a mesh depends on it."""
+    return (_setting(snapshot), snapshot.agent, snapshot.policies)
 
 
 def _same_words(old: Sequence[tuple[int, Service]], new: Sequence[tuple[int, Service]]) -> bool:
@@ -279,11 +323,12 @@ def _instance_ports(words: Sequence[tuple[int, Service]]) -> tuple[Port, ...]:
 def _keep_addresses(drafts: Sequence[_Draft], agent: Agent, problems: list[Problem]) -> None:
     """Leave out an address that a service cannot have. Earlier sources come first; in files `schema` has refused it."""
     taken: Taken = {}
+    suspect = addresses.suspect_ports(agent)
     for draft in sorted(drafts, key=lambda draft: draft.rank):
         kept = []
         for address in draft.service.addresses:
             places = _places(draft.service, address)
-            why = addresses.unusable(address) or _claimed(places, agent, taken)
+            why = addresses.unusable(address) or _claimed(places, agent, suspect, taken)
             if why:
                 problems.append(Problem(draft.service.label, address, f"is {why}"))
                 continue
@@ -297,9 +342,9 @@ def _places(service: Service, address: str) -> list[tuple[str, str, int]]:
     return [(address, addresses.layer4(port.protocol), port.port) for port in service.ports]
 
 
-def _claimed(places: Sequence[tuple[str, str, int]], agent: Agent, taken: Taken) -> str:
+def _claimed(places: Sequence[tuple[str, str, int]], agent: Agent, suspect: Container[int], taken: Taken) -> str:
     for address, layer4, number in places:
-        if ours := addresses.our_listener(address, number, agent):
+        if number in suspect and (ours := addresses.our_listener(address, number, agent)):
             return f"{ours} at port {number}"
         if (owner := taken.get((address, layer4, number))) is not None:
             return f"the address of service {owner} at port {number}"
@@ -342,9 +387,9 @@ def _taken(drafts: Sequence[_Draft]) -> Taken:
 
 
 def _refused_address(address: str, allow_loopback: bool) -> str:
-    if why := addresses.unusable(address):
+    if not addresses.ordinary(address) and (why := addresses.unusable(address)):
         return f"is {why}"
-    if addresses.is_loopback(address) and not allow_loopback:
+    if not allow_loopback and addresses.is_loopback(address):
         return "is on loopback and from a network registry: set allowLoopback to take it"
     return ""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loader import dataplane, neighbours
-from loader.dataplane import Dataplane
+from loader.dataplane import Compiler, Dataplane
 from loader.events import Events
 from loader.instance import Instance
 from meshbpf import wire
@@ -55,12 +55,15 @@ class Options:
 
 
 class Agent:
-    """One instance's agent: `listen`, `attach`, `start` and `run`, then `close`, in this order."""
+    """One instance's agent: `listen`, `attach`, `start` and `run`, then `close`, in this order. `compiler`, which its
+    maker closes, may have begun with what `attach` will want.
+    """
 
     plane: Dataplane  # once attached
 
-    def __init__(self, options: Options, mesh: Mesh) -> None:
+    def __init__(self, options: Options, mesh: Mesh, compiler: Compiler | None = None) -> None:
         self.options = options
+        self._compiler = compiler
         self.totals = Totals()
         self.attached = asyncio.Event()  # from here on there is a `plane`
         self._stop = asyncio.Event()
@@ -130,7 +133,7 @@ class Agent:
             told = await self.following.about(mesh, layout="", redirect=False)
             await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
         prepared, *others = await asyncio.gather(
-            asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh),
+            asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh, self._compiler),
             self._start_workers(),
             return_exceptions=True,  # what was prepared is known here, whatever else failed
         )
@@ -243,7 +246,7 @@ class Agent:
                     self._end_stranded()
             except (MeshError, OSError) as error:
                 log.error("scan failed error=%s", error)
-            await self.following.note_again()
+            self.following.note_again()
 
     def _endpoint_left(self) -> None:
         self._left = True  # for the next scan, too: a connect() may be just reading the tables as they were
@@ -286,6 +289,7 @@ class Agent:
             self._events.close()
             self._events = None
         await self.supervisor.drain(0.0)
+        await self.following.noted()
         self.namespaces.close()
         if self._prepared is not None:
             dataplane.abandon(self._prepared)

@@ -23,6 +23,7 @@ from meshbpf.model import Acceleration, Mesh, ProxySettings
 from meshbpf.runtime import about
 from meshbpf.runtime.namespaces import Namespaces
 from meshbpf.runtime.supervisor import Supervisor
+from meshbpf.tasks import spawn
 from meshbpf.telemetry import Totals
 
 log = logging.getLogger("agent")
@@ -66,7 +67,9 @@ class Following:
         self.redirect_lack: str | None = None  # as attach found; None: ask the state file
         self._audience = about.Audience(everything=instance.state_file.exists())
         self._told: Mesh | None = None  # what the workers were told last
-        self._unwritten = False  # the state file is older than the mesh
+        self._noting: asyncio.Task[None] | None = None
+        self._behind = False  # the state file is older than the mesh
+        self._unwritten = ""  # … and why it must be
 
     async def follow(self, meshes: AsyncIterator[Mesh]) -> None:
         """Apply each mesh; one that the kernel or a worker refuses is logged, and the last good one stays."""
@@ -97,25 +100,39 @@ class Following:
         log.info(
             "mesh applied generation=%d services=%d writes=%d", mesh.generation, len(mesh.services), applied.writes
         )
-        await self._note()
+        self._note()
 
-    async def _note(self) -> None:
-        """Write the state file. When that cannot be, say so, for `note_again`: the mesh serves."""
-        try:
-            where = self._instance, self.plane.layout, self._cgroups
-            await asyncio.to_thread(dataplane.write_state, *where, self.mesh, self.redirect_lack)
-        except OSError as error:
-            self.error = f"the mesh serves, but {self._instance.state_file} is old: {error}"
-            log.error("state not written error=%s", error)
-            self._unwritten = True
-        else:
-            if self._unwritten:
-                self.error, self._unwritten = "", False
+    def _note(self) -> None:
+        """Have the state file written, beside what else there is to do: the next change does not wait for it."""
+        self._behind = True
+        if self._noting is None or self._noting.done():
+            self._noting = spawn(self._write_state(), "note the mesh")
 
-    async def note_again(self) -> None:
+    async def _write_state(self) -> None:
+        """Until it is as new as the mesh. When that cannot be, say so, for `note_again`: the mesh serves."""
+        while self._behind:
+            self._behind = False
+            try:
+                where = self._instance, self.plane.layout, self._cgroups
+                await asyncio.to_thread(dataplane.write_state, *where, self.mesh, self.redirect_lack)
+            except OSError as error:
+                log.error("state not written error=%s", error)
+                self.error = f"the mesh serves, but {self._instance.state_file} is old: {error}"
+                self._unwritten = self.error
+            else:
+                if self._unwritten and self.error == self._unwritten:
+                    self.error = ""
+                self._unwritten = ""
+
+    async def noted(self) -> None:
+        """Returns when the state file is not being written any more."""
+        if self._noting is not None:
+            await asyncio.wait([self._noting])
+
+    def note_again(self) -> None:
         """Write the state file if that could not be before."""
         if self._unwritten:
-            await self._note()
+            self._note()
 
     def _with_our_settings(self, mesh: Mesh) -> Mesh:
         """What only a start can change stays as it is; a change of it is logged."""

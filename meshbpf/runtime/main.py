@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import signal
 from collections.abc import Sequence
@@ -10,17 +11,18 @@ from pathlib import Path
 
 from aiohttp import web
 
+from loader import dataplane
 from meshbpf import garbage
 from meshbpf.model import Agent as AgentSettings
-from meshbpf.model import Mesh
+from meshbpf.model import MapSizes, Mesh
 from meshbpf.registry.embedded import EmbeddedSource
-from meshbpf.registry.file import FileSource, read
+from meshbpf.registry.file import FileSource
 from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api, notify
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation, registries
-from meshbpf.schema import addresses
+from meshbpf.schema import addresses, files
 from meshbpf.tasks import spawn
 from userspace_proxy import accesslog
 
@@ -30,13 +32,28 @@ def own_ports(mesh: Mesh) -> frozenset[int]:
     return frozenset(port for _field, _host, port in addresses.listeners(mesh.agent))
 
 
+def usual_tables(texts: Sequence[tuple[str, str]]) -> bool:
+    """Whether no file says how large the tables shall be, as far as that can be told before they are made sense of."""
+    return not any("maps" in text for _file, text in texts)
+
+
 async def serve(options: Options, paths: Sequence[Path]) -> None:
     """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
     # Before anything that takes time: unhandled, the signal would end us. What is read below is new anyway.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
-    garbage.rarely()
-    content, said = read(paths)
+    garbage.not_yet()
+    with contextlib.closing(dataplane.Compiler()) as compiler:
+        await _serve(options, paths, compiler)
+
+
+async def _serve(options: Options, paths: Sequence[Path], compiler: dataplane.Compiler) -> None:
+    texts, source = files.texts(paths), FileSource(paths)
+    # Compiling takes as long as reading ten thousand services, and needs the sizes of the tables only.
+    if usual_tables(texts):
+        dataplane.foresee(compiler, MapSizes())
+    said = source.first(texts)
     configured = Mesh(said.agent or AgentSettings(), said.services)
+    dataplane.foresee(compiler, configured.agent.maps)
     accesslog.check(configured.agent.access_log)
     with options.instance.lock():
         rules = Rules(
@@ -46,11 +63,11 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
         )
         embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
         await embedded.start()
-        files, generation = FileSource(paths, (content, said)), last_generation(options.instance)
-        sources = Sources(files, embedded, registries(configured.agent, embedded), generation)
+        generation = last_generation(options.instance)
+        sources = Sources(source, embedded, registries(configured.agent, embedded), generation)
         watchers = sources.start()
         mesh = await sources.first()
-        agent = Agent(options, mesh)
+        agent = Agent(options, mesh, compiler)
         agent.need(*watchers)
         metrics = Metrics(agent, sources)
         runners: list[web.AppRunner] = []
@@ -61,6 +78,7 @@ async def serve(options: Options, paths: Sequence[Path]) -> None:
             reads = {"/v1/status": metrics.status, "/v1/counts": metrics.counts}
             runners.append(await api.serve(options.instance.socket, reads, embedded.registrar))
             await agent.start()
+            garbage.rarely(first=False)
 
             def reread() -> None:
                 sources.files.reload()

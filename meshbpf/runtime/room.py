@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
-from loader.plan import TABLES, carried, sized_by
+from loader.plan import TABLES, sized_by
 from loader.slots import slots_of
 from meshbpf.model import EndpointState, LoadBalancer, MapSizes, Mesh, Protocol, Service, SessionAffinity
 from meshbpf.registry.instance import ServiceId
@@ -49,15 +49,17 @@ class _Used:
 
 def _rows(service: Service, policy: LoadBalancer) -> tuple[Counter[str], set[tuple[str, int]]]:
     """How many rows of every table but `endpoints` it takes, and the endpoints that it names."""
-    rows: Counter[str] = Counter()
     named: set[tuple[str, int]] = set()
-    for _service, port, keys in carried(Mesh(services=(service,))):
-        known = [endpoint for endpoint in service.endpoints if port.name in endpoint.ports]
-        ready = [e for e in known if e.state is EndpointState.READY and e.weight > 0]
-        named.update((endpoint.address, endpoint.ports[port.name]) for endpoint in known)
-        affinity = policy.session_affinity is SessionAffinity.CLIENT_IP
-        serving = len(known) if affinity or port.protocol is Protocol.UDP else 0
-        rows.update(services=len(keys), policies=1, slots=slots_of(ready, policy), serving=serving)
+    slots = serving = 0
+    affinity = policy.session_affinity is SessionAffinity.CLIENT_IP
+    for port in service.ports:
+        name = port.name
+        known = [endpoint for endpoint in service.endpoints if name in endpoint.ports]
+        slots += slots_of([e for e in known if e.state is EndpointState.READY and e.weight > 0], policy)
+        serving += len(known) if affinity or port.protocol is Protocol.UDP else 0
+        named.update([(endpoint.address, endpoint.ports[name]) for endpoint in known])
+    count = len(service.ports)
+    rows = Counter(services=count * len(service.addresses), policies=count, slots=slots, serving=serving)
     return rows, named
 
 
@@ -89,7 +91,7 @@ def _most(service: Service, policy: LoadBalancer) -> tuple[int, ...]:
     """Rows of each of TABLES that the service takes when it shares nothing with others."""
     rows, named = _rows(service, policy)
     rows["endpoints"] = len(named)
-    return tuple(rows[table] for table in TABLES)
+    return tuple([rows[table] for table in TABLES])
 
 
 def fit(

@@ -7,18 +7,18 @@ from the model. One module per kind, `checks` compares documents, `later` lists 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from meshbpf import garbage, yamlpos
 from meshbpf.model import Agent, Service, ServicePolicy
-from meshbpf.schema import agent, checks, jsontext, later, ordinary, policy, service
+from meshbpf.schema import agent, checks, jsontext, later, ordinary, pieces, policy, service
 from meshbpf.schema.fields import Fields
 from meshbpf.schema.report import ConfigErrors, Report
 from meshbpf.schema.service import API_VERSION
 from meshbpf.schema.words import meant, shown
 
-__all__ = ["API_VERSION", "ConfigErrors", "Parsed", "parse"]
+__all__ = ["API_VERSION", "ConfigErrors", "Known", "Parsed", "parse"]
 
 _KINDS = ("Agent", "Service", "ServicePolicy")
 
@@ -38,35 +38,44 @@ class _Found:
     services: list[service.ServiceDocument] = field(default_factory=list)
     policies: list[policy.PolicyDocument] = field(default_factory=list)
     complete: bool = True  # no service can have gone unseen
+    repeated: int = 0  # values that aliases stand for
 
 
-def parse(texts: Sequence[tuple[str, str]]) -> Parsed:
+# What pieces (file, first line, text) said that hold ordinary services and nothing else.
+Known = MutableMapping[tuple[str, int, str], Sequence[service.ServiceDocument]]
+
+
+def parse(texts: Sequence[tuple[str, str]], known: Known | None = None) -> Parsed:
     """All documents of all (file, text) pairs. Raises `ConfigErrors` with every fault, in the order of the files.
 
     What is in order is read quickly, without knowing where everything stands; after a fault all is read carefully.
+    `known`, empty at first, remembers for the next time: what is still there as it was gives the same objects.
     """
     with garbage.paused():
         try:
-            return _parse(texts, quick=True)
+            return _parse(texts, quick=True, known={} if known is None else known)
         except ConfigErrors:
             return _parse(texts, quick=False)
 
 
-def _parse(texts: Sequence[tuple[str, str]], *, quick: bool) -> Parsed:
+def _parse(texts: Sequence[tuple[str, str]], *, quick: bool, known: Known | None = None) -> Parsed:
     report = Report([file for file, _ in texts])
     found = _Found()
+    read: Known = {}
     for file, text in texts:
-        pieces = jsontext.read(text) if quick else None
-        if pieces is None:
-            _content(yamlpos.read(file, text), report, found, quick=quick)
+        if not quick:
+            _content(yamlpos.read(file, text), report, found)
             continue
-        for piece in pieces:
-            if read := ordinary.read(piece.value, yamlpos.Mark(file, piece.line, piece.column)):
-                found.services.append(read)
-            else:
-                _content(yamlpos.read(file, piece.text, piece.first_line), report, found, quick=False)
+        for piece in pieces.cut(text):
+            key = (file, piece.first_line, piece.text)
+            if services := (known or {}).get(key) or _piece(file, piece, report, found):
+                read[key] = services
+                found.services += services
     checks.check(found.agents, found.services, found.policies, report, complete=found.complete)
     report.raise_any()
+    if known is not None:
+        known.clear()
+        known.update(read)
     return Parsed(
         agent=found.agents[0].agent if found.agents else None,
         services=tuple(
@@ -78,14 +87,32 @@ def _parse(texts: Sequence[tuple[str, str]], *, quick: bool) -> Parsed:
     )
 
 
-def _content(content: yamlpos.Text, report: Report, found: _Found, *, quick: bool) -> None:
+def _piece(file: str, piece: pieces.Piece, report: Report, found: _Found) -> Sequence[service.ServiceDocument]:
+    """The services of a piece that holds nothing else; any other piece is put into `found`."""
+    if value := jsontext.read(piece.text):
+        read = ordinary.read(value.value, yamlpos.Mark(file, piece.first_line + value.line - 1, value.column))
+        if read:
+            return [read]
+    content = yamlpos.read(file, piece.text, piece.first_line)
+    quick = [ordinary.read(document.value, document.at) for document in content.documents]
+    services = [read for read in quick if read]
+    if not content.faults and not content.repeated and len(services) == len(quick):
+        return services
+    found.services += services
+    found.repeated += content.repeated
+    if found.repeated > yamlpos.MAX_REPEATED:  # how much that is in one text, the careful reader knows
+        content.faults.append(yamlpos.Fault(yamlpos.Mark(file, piece.first_line, 1), "aliases repeat many values"))
+    content.documents = [document for document, read in zip(content.documents, quick, strict=True) if not read]
+    _content(content, report, found)
+    return []
+
+
+def _content(content: yamlpos.Text, report: Report, found: _Found) -> None:
     for fault in content.faults:
         report.add(fault.at, fault.message)
         found.complete = False
     for document in content.documents:
-        if quick and (read := ordinary.read(document.value, document.at)):
-            found.services.append(read)
-        elif document.value is not None:
+        if document.value is not None:
             _document(document, report, found)
 
 

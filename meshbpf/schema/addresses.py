@@ -23,7 +23,9 @@ _METADATA = frozenset({"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.
 # Every merge asks the same of every endpoint, and parsing an address is most of the cost: IPv4 is told by its text.
 _BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _IPV4 = re.compile(rf"{_BYTE}(\.{_BYTE}){{3}}", re.ASCII)
-_SUSPECT = re.compile(r"0\.|169\.254\.|2(2[4-9]|3[0-9])\.|255\.", re.ASCII)  # what `_unusable` has to look at
+_SUSPICION = r"0\.|169\.254\.|2(2[4-9]|3[0-9])\.|255\."  # what `_unusable` has to look at
+_SUSPECT = re.compile(_SUSPICION, re.ASCII)
+_ORDINARY = re.compile(rf"(?!{_SUSPICION}|100\.100\.|192\.0\.0\.|168\.63\.){_IPV4.pattern}", re.ASCII)
 _remembered = lru_cache(maxsize=65536)
 
 
@@ -41,6 +43,11 @@ def canonical(text: str) -> str:
         if address.ipv4_mapped is not None:
             raise ValueError(f"written as IPv4: {address.ipv4_mapped}")
     return str(address)
+
+
+def ordinary(text: str) -> bool:
+    """Whether this is a canonical IPv4 address that is not `unusable`; of some that are, that is not said."""
+    return _ORDINARY.fullmatch(text) is not None
 
 
 def unusable(address: str) -> str:
@@ -108,7 +115,7 @@ def listeners(agent: Agent) -> tuple[tuple[str, str, int], ...]:
 
 @lru_cache(maxsize=16)
 def suspect_ports(agent: Agent) -> frozenset[int]:
-    """Only an endpoint with one of these ports can be `our_port`."""
+    """Only one of these can be `our_listener` or `our_port`. (To hash an agent costs more than to ask here first.)"""
     return OWN_PORTS | {port for _field, _host, port in listeners(agent)}
 
 

@@ -52,11 +52,12 @@ def _addresses(services: Sequence[ServiceDocument], agent: Agent, report: Report
     """Who owns each (address, tcp or udp, port); two services may share an address when their ports differ."""
     taken: ServicePlaces = {}
     told: set[tuple[str, Mark, Mark]] = set()  # two services on one address share all their ports, mostly
+    suspect = addresses.suspect_ports(agent)
     for document in services:
         service = document.service
         for address, at in zip(service.addresses, document.addresses_at, strict=True):
             for port in service.ports:
-                if ours := addresses.our_listener(address, port.port, agent):
+                if port.port in suspect and (ours := addresses.our_listener(address, port.port, agent)):
                     place = addresses.joined(address, port.port)
                     report.add(at, f"{place} of service {service.label} is {ours}: use another address or port")
                     continue

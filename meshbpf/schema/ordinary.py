@@ -77,6 +77,8 @@ def _labels(value: Any) -> Mapping[str, str]:
 
 
 def _address(value: Any) -> str:
+    if isinstance(value, str) and addresses.ordinary(value):
+        return value
     try:
         address = addresses.canonical(_text(value))
     except ValueError:
@@ -141,12 +143,13 @@ def _endpoints(value: Any, known: set[str], begin: Mark) -> tuple[Endpoint, ...]
         given = endpoint.get("ports")
         if not given or not isinstance(given, dict) or not given.keys() <= known:
             raise _Unusual
-        for number in given.values():
-            _number(number, 1, LARGEST_PORT)
+        for name, number in given.items():
+            if type(number) is not int or not 1 <= number <= LARGEST_PORT:
+                raise _Unusual
+            seen.add((address, name, number))
         pairs = tuple(given.items())
         if (ports := same.get(pairs)) is None:
             ports = same[pairs] = MappingProxyType(dict(given))
-        seen.update((address, name, number) for name, number in pairs)
         named += len(pairs)
         found.append(
             Endpoint(

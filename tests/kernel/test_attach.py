@@ -94,6 +94,16 @@ def test_a_second_attach_is_quick_and_changes_nothing(ground: Ground, a: Listene
     assert dials(ground, ADDRESS, a) is a
 
 
+def test_a_kernel_that_tells_nothing_of_its_structures_leads_without_redirect(
+    ground: Ground, a: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lack = "this kernel has no BTF at /sys/kernel/btf/vmlinux"
+    monkeypatch.setattr("loader.attach._redirect_defines", lambda: ({}, lack))
+    ground.attach(mesh(service("orders", ADDRESS, a.endpoint())))
+    assert dials(ground, ADDRESS, a) is a
+    assert ground.instance.read_state()["redirectLack"] == lack
+
+
 def test_attach_again_with_other_services(ground: Ground, a: Listener, b: Listener) -> None:
     ground.attach(mesh(service("orders", ADDRESS, a.endpoint())))
     ground.attach(mesh(service("orders", ADDRESS, b.endpoint()), service("users", OTHER, a.endpoint())))

@@ -13,6 +13,7 @@ import pytest
 
 from meshbpf.errors import Busy, ConfigError
 from meshbpf.model import EmbeddedRegistry, Port, Protocol
+from meshbpf.registry import embedded
 from meshbpf.registry.base import Snapshot, Source
 from meshbpf.registry.client import RegistryAway, RegistryClient, RegistryRefused
 from meshbpf.registry.embedded import EmbeddedSource
@@ -38,11 +39,11 @@ async def newest(snapshots: AsyncIterator[Snapshot]) -> Snapshot:
 
 
 async def test_snapshots_are_whole_and_coalesced(tmp_path: Path) -> None:
-    source: Source = (embedded := make(tmp_path))
+    source: Source = (made := make(tmp_path))
     snapshots = source.watch()
     assert await newest(snapshots) == Snapshot(source="registry")
     for number in range(50):
-        await put(embedded.registrar, "orders", f"i{number:02}", body(9000 + number, weight=7, zone="a"))
+        await put(made.registrar, "orders", f"i{number:02}", body(9000 + number, weight=7, zone="a"))
     first = await newest(snapshots)
     assert len(first.services[0].endpoints) == 50
     endpoint = first.services[0].endpoints[0]
@@ -53,8 +54,27 @@ async def test_snapshots_are_whole_and_coalesced(tmp_path: Path) -> None:
         "a",
     )
     assert endpoint.source == "registry"
-    await embedded.registrar.delete(("orders", "default"), "i00")
+    await made.registrar.delete(("orders", "default"), "i00")
     assert len((await newest(snapshots)).services[0].endpoints) == 49
+    await snapshots.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_change_after_a_quiet_time_is_told_at_once_and_those_that_follow_it_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "COALESCE", 0.5)
+    source, clock = make(tmp_path), asyncio.get_running_loop().time
+    snapshots = source.watch()
+    await newest(snapshots)
+    await asyncio.sleep(embedded.COALESCE)
+    begun = clock()
+    for number in range(3):
+        await put(source.registrar, "orders", f"i{number}", body(9000 + number))
+        if number == 0:
+            assert len((await newest(snapshots)).services[0].endpoints) == 1
+            assert clock() - begun < embedded.COALESCE / 2
+    assert len((await newest(snapshots)).services[0].endpoints) == 3
+    assert clock() - begun >= embedded.COALESCE
     await snapshots.aclose()  # type: ignore[attr-defined]
 
 

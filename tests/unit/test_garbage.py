@@ -17,3 +17,18 @@ def test_a_pause_ends_with_its_outermost_user() -> None:
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+
+
+def test_who_looks_rarely_looks_again() -> None:
+    thresholds = gc.get_threshold()
+    try:
+        garbage.not_yet()
+        with garbage.paused():
+            pass
+        assert not gc.isenabled()
+        garbage.rarely(first=False)
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        gc.set_threshold(*thresholds)

@@ -247,6 +247,17 @@ def test_what_a_store_is_asked_for() -> None:
     assert merged.mesh.services[1].addresses == ("127.96.7.7",)
 
 
+def test_a_service_whose_address_or_port_changes_is_judged_with_all_others() -> None:
+    """Its new address may be what an instance of another service names, and its old one is free."""
+    files, merger = Snapshot((ORDERS,), source="files"), Merger()
+    for addresses, number in ((("127.96.0.77",), 80), (("127.96.0.78",), 80), (("127.96.0.78",), 81)):
+        carts = Service("carts", addresses=addresses, ports=(Port("http", number, Protocol.HTTP),))
+        users = Service("users", endpoints=(Endpoint("127.96.0.78", {"http": 80}),))
+        snapshots = [files, registry(carts, users)]
+        assert merger.mesh(snapshots, {}) == mesh(snapshots, {})
+        assert merger.wanted(snapshots) == wanted(snapshots)
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[list[Snapshot]]:
     """What two sources say, again and again; mostly the same services with other endpoints."""

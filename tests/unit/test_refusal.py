@@ -7,7 +7,8 @@ import ctypes
 import errno
 import json
 import os
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -201,14 +202,65 @@ def test_an_endpoint_of_a_udp_port_that_left_is_told_once_the_kernel_knows(follo
 
 def test_a_state_file_that_cannot_be_written_is_tried_again(followed: Followed, tmp_path: Path) -> None:
     following = followed.following
-    (tmp_path / "unit" / "state.new").mkdir(parents=True)
-    asyncio.run(following.apply(NEW))
-    assert following.mesh.generation == 2
-    assert "state.json is old" in following.error
-    (tmp_path / "unit" / "state.new").rmdir()
-    asyncio.run(following.note_again())
-    assert following.error == ""
-    assert Instance("unit").read_state()["mesh"]["generation"] == 2
+
+    async def run() -> None:
+        (tmp_path / "unit" / "state.new").mkdir(parents=True)
+        await following.apply(NEW)
+        await following.noted()
+        assert following.mesh.generation == 2
+        assert "state.json is old" in following.error
+        (tmp_path / "unit" / "state.new").rmdir()
+        following.note_again()
+        await following.noted()
+        assert following.error == ""
+        assert Instance("unit").read_state()["mesh"]["generation"] == 2
+
+    asyncio.run(run())
+
+
+def test_a_state_file_that_is_written_at_last_does_not_hide_a_refusal(followed: Followed, tmp_path: Path) -> None:
+    following = followed.following
+
+    async def run() -> None:
+        (tmp_path / "unit" / "state.new").mkdir(parents=True)
+        await following.apply(NEW)
+        await following.noted()
+        followed.workers.refuses = "worker 7 cannot follow: poison"
+        await following.apply(NEW)
+        (tmp_path / "unit" / "state.new").rmdir()
+        following.note_again()
+        await following.noted()
+        assert following.error == "worker 7 cannot follow: poison"
+
+    asyncio.run(run())
+
+
+def test_changes_do_not_wait_for_the_state_file_which_ends_with_the_newest(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following, writes, may_write = followed.following, threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write(_instance: Instance, _layout: str, _cgroups: object, mesh: Mesh, _lack: object) -> None:
+        writes.set()
+        may_write.wait()
+        written.append(mesh.generation)
+
+    monkeypatch.setattr("loader.dataplane.write_state", write)
+
+    async def run() -> None:
+        for generation in (2, 3, 4):
+            await following.apply(replace(NEW, generation=generation))
+            await asyncio.to_thread(writes.wait)
+        assert followed.plane.applied == [2, 3, 4]
+        may_write.set()
+        await following.noted()
+
+    try:
+        asyncio.run(run())
+    finally:
+        may_write.set()  # else the thread outlives a failure
+    assert written == [2, 4]
 
 
 def test_a_needed_task_that_dies_is_told() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbpf.model import Port, Protocol, Service
-from meshbpf.schema import ConfigErrors, Parsed, _parse, jsontext, ordinary, parse
+from meshbpf.schema import ConfigErrors, Parsed, _parse, addresses, jsontext, ordinary, parse, pieces
 from meshbpf.yamlpos import Mark
 
 ODD: list[Any] = [None, "", "x y", 0, -1, 1.5, True, [], {}, "off", 70_000, {"a": 1}, ["a"]]
@@ -121,9 +121,10 @@ def test_what_is_ordinary_is_read_quickly() -> None:
         quick = ordinary.read({**GOOD, "spec": {**GOOD["spec"], "ports": ports}}, Mark("f", 1, 1))
         assert quick is not None
         assert quick.service.ports == (Port("main", 80, protocol),)
-    found = jsontext.read(f"---\n{json.dumps(GOOD)}\n---\n\n  {json.dumps(GOOD, indent=1)}\n")
-    assert found is not None
-    assert [(piece.line, piece.column) for piece in found] == [(2, 1), (5, 3)]
+    cut = pieces.cut(f"---\n{json.dumps(GOOD)}\n---\n\n  {json.dumps(GOOD, indent=1)}\n")
+    found = [read for piece in cut if (read := jsontext.read(piece.text))]
+    assert [piece.first_line for piece in cut] == [2, 4]
+    assert [(read.line, read.column) for read in found] == [(1, 1), (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,32 @@ def test_an_unusual_document_of_a_json_file_knows_its_line() -> None:
     assert [policy.source for policy in parse([("f.json", text)]).policies] == ["f.json:5:22"]
     with pytest.raises(ConfigErrors, match=r"f\.json:6:22: no service nobody in namespace default"):
         parse([("f.json", text.replace('"service": "orders"', '"service": "nobody"'))])
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.one_of(
+        st.ip_addresses(v=4).map(str), st.sampled_from([*BAD, *addresses._METADATA, "255.255.255.255"]), st.text()
+    )
+)
+def test_an_ordinary_address_is_canonical_and_usable(text: str) -> None:
+    if addresses.ordinary(text):
+        assert addresses.canonical(text) == text
+        assert addresses.unusable(text) == ""
+
+
+def test_most_addresses_are_ordinary() -> None:
+    for text in ("10.1.2.3", "127.0.0.1", "172.16.0.1", "192.168.0.1", "192.0.2.7", "100.64.0.1", "223.255.255.255"):
+        assert addresses.ordinary(text)
+    for text in addresses._METADATA | {
+        "0.1.2.3",
+        "169.254.1.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "10.1.2.03",
+        "fd00::1",
+    }:
+        assert not addresses.ordinary(text)
 
 
 def places(value: Any) -> list[tuple[Any, ...]]:
