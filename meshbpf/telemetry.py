@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from meshbpf.model import Mesh
-from userspace_proxy.stats import BUCKETS_MS, GAUGES, UNKNOWN, Retention, Snapshot, merge
+from userspace_proxy.stats import BUCKETS_MS, GAUGES, MAX_SERIES, UNKNOWN, Retention, Snapshot, merge
 
 PREFIX = "meshbpf_"
 ATTEMPTS = "upstream_requests_total"
@@ -79,7 +79,7 @@ class Totals:
         self._latest: dict[Hashable, Snapshot] = {}
         self._retention = Retention()
         self._failed: dict[tuple[str, str], tuple[float, str]] = {}  # (service, endpoint) → when last, and how
-        self._served: dict[tuple[str, str], float] = {}
+        self._served: dict[tuple[str, str], float] = {}  # of these, when last
 
     def adopt(self, mesh: Mesh, now: float) -> None:
         self._retention.adopt(mesh, now)
@@ -89,11 +89,21 @@ class Totals:
         for service, endpoint, outcome, count in snapshot.get(ATTEMPTS, ()):
             if count == before.get((service, endpoint, outcome)):
                 continue
-            if outcome == "ok":
+            if outcome != "ok":
+                self._fails((service, endpoint), now, outcome)
+            elif (service, endpoint) in self._failed:
                 self._served[service, endpoint] = now
-            else:
-                self._failed[service, endpoint] = now, outcome
         self._latest[incarnation] = snapshot
+
+    def _fails(self, key: tuple[str, str], now: float, outcome: str) -> None:
+        self._failed.pop(key, None)  # the one that failed last stands at the end
+        self._failed[key] = now, outcome
+        if len(self._failed) > MAX_SERIES:  # endpoints that came and went while nobody asked
+            self._forget(next(iter(self._failed)))
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        del self._failed[key]
+        self._served.pop(key, None)
 
     def ended(self, incarnation: Hashable) -> None:
         """The process is dead: keep its counters, forget its gauges. To be called after its last update."""
@@ -115,14 +125,12 @@ class Totals:
         for service, endpoint, outcome, count in self.merged(now).get(ATTEMPTS, []):
             seen = found.setdefault(f"{service} {endpoint}", dict(fresh))
             seen["ok" if outcome == "ok" else "failed"] += count
-        for key, (failed_at, outcome) in list(self._failed.items()):
-            row = found.get(" ".join(key))
-            if row is None:
-                del self._failed[key]  # long gone
-                self._served.pop(key, None)
-                continue
+        for key in [key for key in self._failed if " ".join(key) not in found]:
+            self._forget(key)
+        for key, (failed_at, outcome) in self._failed.items():
             failing = failed_at >= self._served.get(key, failed_at)
-            row |= {"last_error": outcome, "last_error_seconds": round(now - failed_at, 1), "failing": failing}
+            last = {"last_error": outcome, "last_error_seconds": round(now - failed_at, 1), "failing": failing}
+            found[" ".join(key)] |= last
         return found
 
     def _current(self, snapshot: Snapshot, now: float) -> Snapshot:

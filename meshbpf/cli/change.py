@@ -154,4 +154,4 @@ def detach(
             typer.echo(f"removed {counted(len(tables), 'map')}")
     typer.echo(f"detached {instance}: direct connections stay open, what the proxy carried has ended")
     if store.exists():
-        typer.echo(f"kept {store}: addresses and instances that its registry remembers; to forget them: rm {store}*")
+        typer.echo(f"kept {store}, what its registry remembers; to forget it: rm {store}*")

@@ -119,7 +119,7 @@ def test_detach_names_the_file_that_stays(configured: bool, tmp_path: Path, monk
     store = store if configured else tmp_path / "shop.db"
     store.touch()
     last = shown("detach", "--instance", "shop").splitlines()[-1]
-    assert last.startswith(f"kept {store}: ") and last.endswith(f"rm {store}*")
+    assert last.startswith(f"kept {store}, ") and last.endswith(f"rm {store}*")
 
 
 def test_one_and_many() -> None:

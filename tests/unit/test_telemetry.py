@@ -233,3 +233,13 @@ def test_the_failures_of_an_endpoint_that_is_long_gone_are_forgotten() -> None:
     totals.adopt(ONE, 3.0 + KEEP)
     totals.update("1:101", tried(1, 0), 4.0 + KEEP)
     assert totals.endpoints(5.0 + KEEP)["orders 127.0.0.1:8080"]["last_error"] is None
+
+
+def test_failures_that_nobody_asks_about_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshbpf.telemetry.MAX_SERIES", 2)
+    totals = Totals()
+    totals.adopt(ONE, 0.0)
+    for second, service in enumerate(("a", "b", "a", "c", "d"), 1):
+        totals.update(second, {ATTEMPTS: [[service, "127.0.0.1:1", "connect_failed", 1]]}, float(second))
+    seen = totals.endpoints(9.0)
+    assert [name[0] for name, one in seen.items() if one["failing"]] == ["c", "d"]
