@@ -122,8 +122,10 @@ class Callers:
             raise Wrong(f"{lost} bytes did not arrive")
         tally["whole"] += 1
 
+    # The names of streams are those of one process: the endpoint may hear several.
+
     async def kept(self, tally: Counter[str], host: str, runs: Callable[[], None]) -> None:
-        out, came, path = Outgoing(number := next(self._numbers)), Incoming(), f"/{number}"
+        out, came, path = Outgoing(number := next(self._numbers)), Incoming(), f"/{os.getpid()}-{number}"
         connection: tuple[Reader, Writer] | None = None
         answers = 0
         try:
@@ -182,7 +184,7 @@ class Callers:
         return reader, writer
 
     async def download(self, tally: Counter[str], host: str, runs: Callable[[], None]) -> None:
-        out, before, path = Outgoing(number := next(self._numbers)), Incoming(), f"/{number}"
+        out, before, path = Outgoing(number := next(self._numbers)), Incoming(), f"/{os.getpid()}-{number}"
         connection: tuple[Reader, Writer] | None = None
         for _ in range(FIRST):
             connection = await self._ask(connection, host, path, out.frame(SIZE), before, tally)
