@@ -74,14 +74,15 @@ ROWS = (
     Row("latency", "1 KB answers at half of Envoy's peak rate", ("none", "proxy", "envoy"), open_loop=True),
 )
 # The rows without a load, and what each measures.
-ATTACH, SCALE, CONNECT, MEMORY = "attach", "scale", "connect", "memory"
+ATTACH, SCALE, CONNECT, MEMORY, STREAMS = "attach", "scale", "connect", "memory", "streams"
 SIZES = (10, 1_000, 10_000)  # services
-LENGTHY = (SCALE, MEMORY)  # a short run leaves these out unless it is asked for them
+LENGTHY = (SCALE, MEMORY, STREAMS)  # a short run leaves these out unless it is asked for them
 SINGLES = {
     ATTACH: ("attach",),
     SCALE: ("maps", "start-yaml", "start-json", "start-registry", "small-file", "change", "change-file"),
     CONNECT: tuple(f"{way}-{count}" for way in ("hook", "iptables", "nft") for count in SIZES),
     MEMORY: ("memory",),
+    STREAMS: ("streams",),
 }
 
 FIGURES = (
@@ -125,6 +126,17 @@ FIGURES = (
     Figure("memory of the agent, 10 000 idle proxied connections: MB", MEMORY, "agent_mb", "memory", None, 80.0, True),
     # 60 MB and 20 KB for each connection.
     Figure("memory of the worker, 10 000 idle: MB", MEMORY, "worker_mb", "memory", None, 260.0, True),
+    *(
+        Figure(f"restart, kill, upgrade: {what}", STREAMS, metric, "streams", None, bound, most, strict=True)
+        for what, metric, bound, most in (
+            ("resets of 200 direct streams", "resets", 0.0, True),
+            ("bytes lost in them", "lost_bytes", 0.0, True),
+            ("streams out of order or changed, proxied ones too", "wrong", 0.0, True),
+            ("proxied streams cut and not counted", "cut_uncounted", 0.0, True),
+            ("new direct connections that failed", "new_failed", 0.0, True),
+            ("new direct connections per second", "new_per_second", 1990.0, False),
+        )
+    ),
 )
 
 

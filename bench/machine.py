@@ -154,13 +154,16 @@ def spawn(
     cpus: set[int] | None = None,
     log: Path | None = None,
     on_parent_death: int = signal.SIGKILL,
+    pipe: bool = False,
 ) -> subprocess.Popen[str]:
-    """Start a child inside `group` and on `cpus`; with `log` its output goes there, else it is piped to us."""
+    """Start a child inside `group` and on `cpus`; with `log` its output goes there, else it is piped to us. `pipe`: it
+    listens to us on its stdin.
+    """
     out = subprocess.PIPE if log is None else log.open("a")
     try:
         return subprocess.Popen(
             list(command),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if pipe else subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT if log is not None else subprocess.PIPE,
             text=True,

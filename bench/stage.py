@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import connects, memory, scale
+from bench import connects, memory, scale, streams
 from bench.envoy import Envoy
-from bench.figures import ATTACH, CONNECT, MEMORY, SCALE
+from bench.figures import ATTACH, CONNECT, MEMORY, SCALE, STREAMS
 from bench.intercept import Hooked, Redirected
 from bench.peers import HAProxy, Nginx
 from bench.subjects import Attach, Mesh, NoMesh, Subject
@@ -50,9 +50,11 @@ class Stage:
         """The rows without a load; each starts, measures and stops its own when it is called."""
         attach = Attach("attach", **self._common("direct", "off", 4))
         idle = Mesh("memory", **self._common("proxy", "redirect", 5))
+        streamed = streams.Streamed("streams", **{**self._common("proxy", "redirect", 6), "cpus": None})
         return {
             ATTACH: lambda: attach.measure(1 if short else 7),
             SCALE: lambda: scale.measure(self.make_group, self.run, 1 if short else 5),
             CONNECT: lambda: connects.measure(self.make_group, 2 if short else 15, self.client, seed),
             MEMORY: lambda: memory.measure(idle, 1 if short else 5),
+            STREAMS: lambda: streams.measure(streamed, self.make_group, 1 if short else 5),
         }

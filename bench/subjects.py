@@ -139,8 +139,11 @@ class Mesh:
         return ["--cgroup", str(self.client_group), "-c", str(self.file), "--instance", self.instance]
 
     def start(self) -> None:
-        command, log = meshbpf(), self.run / f"{self.name}.out"
         self.detach()  # a killed bench leaves its pins; an instance of that name is always ours
+        self.launch()
+
+    def launch(self) -> None:
+        command, log = meshbpf(), self.run / f"{self.name}.out"
         # SIGTERM, not SIGKILL, should the bench die: the agent then drains and takes its workers along.
         self.child = spawn([command, "run", *self.configure()], self.group, self.cpus, log, signal.SIGTERM)
         wait_for(f"http://127.0.0.1:{self.admin}/readyz", self.child, log, patience=ATTACH_PATIENCE)

@@ -245,7 +245,8 @@ struct connected {
 	u64 netns;
 	u8 given[16];
 	__be16 given_port;
-	u16 pad;
+	u8 carried;
+	u8 pad;
 	u32 service_id;
 	u32 endpoint_id;
 	u32 pid;

@@ -226,13 +226,17 @@ class ServingKey(ct.Structure):
 
 
 class Connected(ct.Structure):
-    """A connected UDP socket, by its cookie: whom connect gave it, to find it again when that endpoint is gone."""
+    """A connected UDP socket, by its cookie: whom connect gave it, to find it again when that endpoint is gone.
+
+    `carried`: from earlier tables, where it was counted.
+    """
 
     _fields_ = [
         ("netns", u64),
         ("given", Address),
         ("given_port", be16),
-        ("pad", u16),
+        ("carried", u8),
+        ("pad", u8),
         ("service_id", u32),
         ("endpoint_id", u32),
         ("pid", u32),

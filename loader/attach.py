@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loader import abi, btf, compile, environment, libbpf, redirect
+from loader.carry import Carry
 from loader.compile import Compiler
 from loader.detach import detach, drop_stale
 from loader.hooks import CGROUP_HOOKS, attach_hooks, refuse_shared
@@ -26,7 +27,8 @@ from meshbpf.model import MapSizes, Mesh
 class Prepared:
     """Tables that are filled and programs that are loaded, but lead nobody yet. `first`: nothing was attached before.
 
-    `same_tables`: those in use before are in use now. `lack` is why this kernel has no redirect.
+    `earlier` is the folder of the tables that were in use before, if these are others. `lack` is why this kernel has no
+    redirect.
     """
 
     instance: Instance
@@ -35,7 +37,11 @@ class Prepared:
     layout: str
     lack: str
     first: bool
-    same_tables: bool
+    earlier: Path | None
+
+    @property
+    def same_tables(self) -> bool:
+        return not self.first and self.earlier is None
 
 
 def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> Iterator[str]:
@@ -77,12 +83,18 @@ def _prepare_steps(
         else:
             redirect.attach(maps, stage)
         yield "redirect"
-    return Prepared(instance, cgroups, mesh, layout, lack, not before, before.get("layout") == layout)
+    earlier = instance.maps(before["layout"]) if before.get("layout", layout) != layout else None
+    return Prepared(instance, cgroups, mesh, layout, lack, not before, earlier)
 
 
 def _lead_steps(prepared: Prepared) -> Iterator[str]:
     instance, cgroups, stage = prepared.instance, prepared.cgroups, _stage(prepared.instance)
-    yield from attach_hooks(instance, cgroups, stage, prepared.same_tables)
+    if prepared.earlier is None:
+        yield from attach_hooks(instance, cgroups, stage, prepared.same_tables)
+    else:
+        with Carry(prepared.earlier, instance.maps(prepared.layout)) as carry:
+            carry.over()
+            yield from attach_hooks(instance, cgroups, stage, False, carry.over)
     for name in CGROUP_HOOKS:
         (stage / name).rename(instance.programs / name)
     stage.rmdir()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from loader import libbpf, neighbours
@@ -29,6 +29,11 @@ CGROUP_HOOKS = {
     "connect6": 11,
 }
 EARLIER = "-earlier"  # of a link that is about to go
+ENDS = ("sockops", "release")  # who hear that a socket has ended
+
+
+def _nothing() -> None:
+    """For who keeps the tables."""
 
 
 def refuse_shared(instance: Instance, cgroups: Sequence[Path]) -> None:
@@ -42,11 +47,14 @@ def refuse_shared(instance: Instance, cgroups: Sequence[Path]) -> None:
                 raise Busy(f"{cgroup} is led by instance {other}: name another cgroup, or detach --instance {other}")
 
 
-def attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path, same_tables: bool) -> Iterator[str]:
+def attach_hooks(
+    instance: Instance, cgroups: Sequence[Path], stage: Path, same_tables: bool, moved: Callable[[], None] = _nothing
+) -> Iterator[str]:
     """Replace what runs, then attach what is missing, connect last.
 
-    With other tables a sockops does not know what a connect of the other kind decided: so the earlier one stays beside
-    the new one until connect has been replaced.
+    With other tables, who hears of a socket's end does not know what a connect of the other kind decided: so the
+    earlier ones stay beside the new ones until connect has been replaced. Then `moved` is called: the earlier tables
+    get no more sockets, and both kinds still lose those that end.
     """
     running: list[tuple[str, Path, Path]] = []
     missing: list[tuple[str, Path, Path]] = []
@@ -55,9 +63,13 @@ def attach_hooks(instance: Instance, cgroups: Sequence[Path], stage: Path, same_
             pin = instance.links / f"{cgroup.stat().st_ino}-{hook}"
             (running if pin.exists() else missing).append((hook, cgroup, pin))
     for hook, cgroup, pin in running:
-        if hook == "sockops" and not same_tables:
+        if hook in ENDS and not same_tables:
             _attach_hook(hook, cgroup, pin, stage)
+    told = same_tables
     for hook, cgroup, pin in running:
+        if hook in ENDS and not told:
+            told = True
+            moved()
         with _opened(stage / hook) as program, _opened(pin) as link:
             libbpf.link_update(link, program)
         for earlier in pin.parent.glob(f"{pin.name}{EARLIER}*"):

@@ -15,7 +15,7 @@ from userspace_proxy.acceleration import Shortcut, shortcut_of
 from userspace_proxy.grammar import TOO_SLOW, Fault
 from userspace_proxy.reply import CLOSE, LINE_TOO_LONG, REPLIES
 from userspace_proxy.request import request_record
-from userspace_proxy.wire import waiting
+from userspace_proxy.wire import reset, waiting
 
 if TYPE_CHECKING:
     from userspace_proxy.exchange import Exchange
@@ -181,13 +181,18 @@ class Connection(asyncio.Protocol):
             self._ends = min(self._ends, self.now() + self._patience)
             self.proxy.wheel.at(self, self._ends)
 
-    def abort(self) -> None:
-        """Shutdown is over."""
+    def abort(self) -> bool:
+        """Shutdown is over. Whether that cut anything: a request, a tunnel, or the rest of an answer."""
+        cut = True
         if self._tunnel is not None:
             self._tunnel.abort(Reason.DRAINING)
         elif self.exchange is not None:
             self.exchange.fail(Reason.DRAINING)
+        elif cut := self._headed or waiting(self.transport) > 0:
+            self.proxy.cut(self)  # a request without a record, or an answer that had its own already
+            reset(self.transport)
         self.transport.abort()
+        return cut
 
     # other carriers of the bytes
 

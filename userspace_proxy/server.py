@@ -92,11 +92,16 @@ class Proxy:
                 upstream.discard()
             target.idle.pop(netns, None)
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more connections, close idle ones, let requests finish; whatever is left after `seconds` is cut."""
+    async def drain(self, seconds: float) -> tuple[int, int]:
+        """Take no more connections, close idle ones, let requests finish; whatever is left after `seconds` is cut.
+
+        Returns how many connections ended in time, idle ones among them, and how many were cut: each of these is a
+        verdict `draining`.
+        """
         self.draining = True
         for netns in list(self._acceptors):
             self.unlisten(netns)
+        begun_with = self.open_connections
         self._idle = asyncio.Event()
         for connection in list(self._connections):
             connection.drain()
@@ -111,13 +116,13 @@ class Proxy:
                     break
             else:
                 await asyncio.sleep(min(left, self.limits.tick))
-        for connection in list(self._connections):
-            connection.abort()
+        cut = len(relays) + sum(connection.abort() for connection in list(self._connections))
         relays.close(Reason.DRAINING)
         for target in self.table.targets():
             _discard_idle(target)
         await asyncio.sleep(0)  # what was closed above is told
         self.wheel.stop()
+        return begun_with - cut, cut
 
     @property
     def open_connections(self) -> int:
@@ -129,6 +134,10 @@ class Proxy:
     def direct_hit(self) -> None:
         """A connection that no connect hook led here."""
         self._stats.verdict(Reason.NO_ORIGIN)
+
+    def cut(self, connection: Connection) -> None:
+        """The drain is over, and what it cut there is in no record."""
+        self._stats.verdict(Reason.DRAINING, self._connections[connection])
 
     def opened(self, connection: Connection) -> None:
         route = connection.route

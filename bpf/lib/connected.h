@@ -18,11 +18,18 @@ static __always_inline void not_connected(u64 cookie, enum program program)
 
 	if (!was)
 		return;
-	service_id = was->service_id;
-	per_service = connections.lookup(&service_id);
-	if (per_service)
-		per_service->closed[CARRIED_DIRECT - 1] += 1;
-	count(program, REASON_CLOSED);
+	if (was->carried) {
+		struct talk_key from = {.cookie = cookie, .port = was->given_port};
+
+		copy_address(from.address, was->given);
+		answers.delete(&from); /* of this socket they came with it */
+	} else {
+		service_id = was->service_id;
+		per_service = connections.lookup(&service_id);
+		if (per_service)
+			per_service->closed[CARRIED_DIRECT - 1] += 1;
+		count(program, REASON_CLOSED);
+	}
 	connected.delete(&cookie);
 }
 

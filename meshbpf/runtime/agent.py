@@ -120,7 +120,7 @@ class Agent:
         """Take over what workers of an earlier agent listen on, else listen. Raises Busy when the port is taken."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        self._orphans = await orphans.greet(self.options.instance)
+        self._orphans = await orphans.greet(self.options.instance, self._report)
         for orphan in self._orphans:
             for cookie, fds in await orphan.hand_over():
                 self.namespaces.adopt(cookie, fds)

@@ -19,16 +19,18 @@ from loader.instance import Instance
 from meshbpf.model import Mesh
 from meshbpf.runtime import about
 from meshbpf.runtime.channel import Channel
+from meshbpf.runtime.supervisor import REPORTS
 
 log = logging.getLogger("orphans")
 ANSWER_SECONDS = 2.0
 
 
 class Orphan:
-    """One of them, once it has answered."""
+    """One of them, once it has answered. What it counts, `report` is told (see Supervisor), and of its end."""
 
-    def __init__(self, pid: int, sock: socket.socket) -> None:
+    def __init__(self, pid: int, sock: socket.socket, report: REPORTS) -> None:
         self.pid = pid
+        self._report = report
         self._listeners: list[tuple[int, list[int]]] = []
         self._said = {word: asyncio.Event() for word in ("hello", "using", "handed over", "deaf")}
         self._gone = asyncio.Event()
@@ -38,12 +40,15 @@ class Orphan:
         if message["type"] == "listener":
             self._listeners.append((int(message["netns"]), fds))
             return
+        if message["type"] == "stats":
+            self._report(f"orphan-{self.pid}", message["blob"].read())
         for fd in fds:
             os.close(fd)
         if message["type"] in self._said:
             self._said[message["type"]].set()
 
     def _closed(self) -> None:
+        self._report(f"orphan-{self.pid}", None)
         self._gone.set()
         for event in self._said.values():
             event.set()
@@ -121,9 +126,13 @@ def _connected(instance: Instance) -> Iterator[tuple[int, socket.socket]]:
         yield int(path.stem.split("-")[1]), sock
 
 
-async def greet(instance: Instance) -> list[Orphan]:
+def _unheard(_incarnation: str, _statistics: Any) -> None:
+    """For who keeps no metrics."""
+
+
+async def greet(instance: Instance, report: REPORTS = _unheard) -> list[Orphan]:
     """Every worker without an agent; who asks holds the instance's lock, so no agent lives. Silent ones are killed."""
-    found = [Orphan(pid, sock) for pid, sock in _connected(instance)]
+    found = [Orphan(pid, sock, report) for pid, sock in _connected(instance)]
     answers = await asyncio.gather(*(orphan.says("hello") for orphan in found))
     for orphan, answered in zip(found, answers, strict=True):
         if not answered:

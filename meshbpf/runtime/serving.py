@@ -84,8 +84,8 @@ class Serving:
         """Tell connect hooks that the loop turns."""
         self._dataplane.beat(time.monotonic_ns())
 
-    async def drain(self, seconds: float) -> None:
-        await self._proxy.drain(seconds)
+    async def drain(self, seconds: float) -> tuple[int, int]:
+        return await self._proxy.drain(seconds)
 
     # --- access log --------------------------------------------------------------------------------------------------
 

@@ -182,7 +182,8 @@ class Worker:
                 self._serving.turn_deaf()
             self._say({"type": "deaf"})
             if self._serving is not None:
-                await self._serving.drain(seconds)
+                ended, cut = await self._serving.drain(seconds)
+                log.info("drained pid=%d ended=%d cut=%d seconds=%.1f", os.getpid(), ended, cut, seconds)
         finally:
             self._done.set()
 

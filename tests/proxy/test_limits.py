@@ -272,7 +272,7 @@ async def test_drain_closes_idle_and_lets_requests_finish(bed: Bed) -> None:
     gate.set()
     assert (await busy.rest()).endswith(b"connection: close\r\n\r\nok")
     assert (await slow.rest()).endswith(b"connection: close\r\n\r\nok")
-    await soon(drained)
+    assert await soon(drained) == (4, 0)
     assert bed.proxy.open_connections == 0
     with pytest.raises(ConnectionError):
         await bed.caller()
@@ -284,10 +284,19 @@ async def test_drain_has_an_end(bed: Bed) -> None:
     caller = await bed.caller()
     caller.send(GET)
     await soon(endpoint.accepted.get())
-    await soon(bed.proxy.drain(0.1))
+    assert await soon(bed.proxy.drain(0.1)) == (0, 1)
     with pytest.raises(ConnectionResetError):
         await caller.rest()
     assert (await bed.record()).reason == "draining"
+
+
+async def test_a_request_that_a_drain_cuts_before_its_record_begins_is_counted(bed: Bed) -> None:
+    await bed.serve()
+    caller = await bed.caller()
+    caller.send(b"GET / HTTP/1.1\r\nHo")
+    await bed.settle(lambda: any(down._headed for down in bed.proxy._connections))
+    assert await soon(bed.proxy.drain(0.05)) == (0, 1)
+    assert bed.stats.snapshot(0.0)["proxy_verdicts_total"] == [["orders", "draining", 1]]
 
 
 async def test_unlisten_takes_no_more_and_keeps_what_there_is(bed: Bed) -> None:

@@ -228,6 +228,18 @@ async def test_a_streamed_answer_that_ends_in_a_drain_ends_its_connection(bed: B
     await soon(drained, 2.0)
 
 
+async def test_an_answer_whose_rest_a_drain_cuts_is_counted_and_not_taken_for_whole(bed: Bed) -> None:
+    await bed.serve(await bed.endpoint(script(SMALL)))
+    caller, _down = await blocked(bed)
+    caller.send(CLOSE)
+    assert (await bed.record()).reason is None
+    assert await soon(bed.proxy.drain(0.05)) == (0, 1)
+    assert bed.stats.snapshot(0.0)["proxy_verdicts_total"] == [["orders", "draining", 1]]
+    caller.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    with pytest.raises(ConnectionResetError):
+        await caller.rest()
+
+
 async def test_nothing_is_served_behind_connection_close_when_the_answer_is_there_at_once(bed: Bed) -> None:
     await bed.serve()
     caller = await bed.caller()

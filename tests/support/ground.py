@@ -120,6 +120,10 @@ def inside(cgroup: Path) -> Iterator[None]:
         join(environment.cgroup2() / home.lstrip("/"))
 
 
+def _identity(plane: dataplane.Dataplane) -> str:
+    return plane.maps["services"].info()["map_id"]
+
+
 class Ground:
     """Use as a context manager: an instance and a cgroup of its own, gone at the end whatever the test did."""
 
@@ -169,7 +173,8 @@ class Ground:
         """The attached tables, opened anew after every attach."""
         opened = dataplane.open_pins(self.instance)
         assert opened is not None
-        if not self._planes or self._planes[-1].maps_folder != opened[0].maps_folder:
+        # Not by their folder: tables of a layout that was left and is back are others.
+        if not self._planes or _identity(self._planes[-1]) != _identity(opened[0]):
             self._planes.append(opened[0])
         else:
             opened[0].close()
