@@ -8,11 +8,11 @@ reader that splices when it meets its first body, and a member that splices woul
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from userspace_proxy.route import Route
+    from userspace_proxy.stream import Stream
 
 
 class Membership(Protocol):
@@ -54,7 +54,7 @@ class Shortcut:
     def joined(self) -> bool:
         return self._membership is not None
 
-    def asked(self, netns: int, transport: asyncio.Transport) -> None:
+    def asked(self, netns: int, transport: Stream) -> None:
         """A whole request has been read, nothing follows it yet: join, when the connection has proven worth it."""
         if self._leaving:
             self.leave()
@@ -62,6 +62,8 @@ class Shortcut:
             return
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._membership = self._accelerator.join(netns, peer[0], peer[1], local[0], local[1])
+        if self._membership is not None:
+            transport.holds = False  # the room that the kernel grants is without what it has not been given yet
         # Refused: the reason may pass, so ask again, but ever more rarely.
         self._join_at = self._answered * 2 + 1
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from userspace_proxy.origin import Origin
     from userspace_proxy.route import Route
     from userspace_proxy.server import Proxy
+    from userspace_proxy.stream import Stream
     from userspace_proxy.tunnel import Tunnel
 
 # Why a caller is not read, as bits: enough of what it sent waits, the endpoint does not take what it sends, or its
@@ -31,9 +32,9 @@ PARKED, UPSTREAM_FULL, UNATTACHED = 1, 2, 4
 
 class Connection(asyncio.Protocol):
     __slots__ = (
-        "_deaf", "_ends", "_headed", "_parked", "_patience", "_served", "_tunnel", "_unsent", "deadline", "due", "eof",
-        "exchange", "held", "limits", "lost", "netns", "now", "origin", "proxy", "remote", "route", "shortcut",
-        "transport",
+        "_busy", "_deaf", "_ends", "_headed", "_parked", "_patience", "_scanned", "_served", "_tunnel", "_unsent",
+        "deadline", "due", "ending", "eof", "exchange", "full", "held", "limits", "lost", "netns", "now", "origin",
+        "proxy", "remote", "route", "shortcut", "transport", "version_10",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, netns: int) -> None:
@@ -41,7 +42,7 @@ class Connection(asyncio.Protocol):
         self.netns = netns
         self.limits = proxy.limits
         self.now = proxy.clock
-        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
+        self.transport: Stream = cast("Stream", None)  # until connection_made
         self.origin: Origin = cast("Origin", None)
         self.route: Route | None = None
         self.exchange: Exchange | None = None
@@ -50,17 +51,23 @@ class Connection(asyncio.Protocol):
         self._patience = proxy.limits.drain_quiet if proxy.draining else proxy.limits.keep_alive
         self._unsent = 0  # when we last looked, of what was left to send on a connection that we have closed
         self.held = 0  # why the caller is not read, as bits
+        self.full = False  # the caller does not take what we write
         self.eof = False  # the caller will send no more
         self.lost = False
-        self._parked = b""  # bytes of requests that are not served yet
-        self._headed = False  # part of a head is here
         self._deaf = False  # the last answer has been given: what still comes is thrown away
-        self._served = 0
         self.remote = ""
         self._tunnel: Tunnel | None = None
+        # of requests, for `downstream`: another constructor for it would be paid by every connection
+        self.version_10 = False
+        self.ending = CLOSE
+        self._parked = b""  # bytes of requests that are not served yet
+        self._scanned = 0  # of which no line ends badly, and no head ends, before here
+        self._headed = False  # part of a head is here
+        self._busy = False  # `_advance` is at work
+        self._served = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+        self.transport = cast("Stream", transport)
         self.transport.set_write_buffer_limits(high=self.limits.write_high)
         peer = transport.get_extra_info("peername")
         proxy = self.proxy

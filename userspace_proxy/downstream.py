@@ -5,8 +5,6 @@ What an exchange does is not known here, nor how a connection ends; what is here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from meshbpf.reason import Reason
 from userspace_proxy.attempt import half_close
 from userspace_proxy.connection import PARKED, Connection
@@ -17,20 +15,9 @@ from userspace_proxy.reply import CLOSE
 from userspace_proxy.request import read_request, request_record
 from userspace_proxy.wire import reset
 
-if TYPE_CHECKING:
-    from userspace_proxy.server import Proxy
-
 
 class Downstream(Connection):
-    __slots__ = ("_busy", "_scanned", "ending", "full", "version_10")
-
-    def __init__(self, proxy: Proxy, netns: int) -> None:
-        super().__init__(proxy, netns)
-        self.full = False  # the caller does not take what we write
-        self.version_10 = False
-        self.ending = CLOSE
-        self._scanned = 0  # of what is parked no line ends badly, and no head ends, before here
-        self._busy = False  # `_advance` is at work
+    __slots__ = ()
 
     # when to read
 

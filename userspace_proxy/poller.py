@@ -1,6 +1,7 @@
 """One epoll for the sockets of all connections, which the loop watches as one descriptor.
 
-The rule: a turn takes what is ready a few times over, then lets the loop do the rest; what ended in it is told last.
+The rule: a turn takes what is ready a few times over, then lets the loop do the rest. What is written in it is sent,
+and what ends in it is told, before anybody waits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from userspace_proxy.outgoing import Outgoing
 from userspace_proxy.stream import Stream
 
 log = logging.getLogger("proxy")
@@ -21,6 +23,7 @@ ROUNDS = 4  # how often a turn asks again before timers and the agent's messages
 BATCH = 256
 ACCEPTS = 16  # connections taken before those that are open are served again
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+HOLDERS = 16  # connections whose writes are held until those of the first are sent
 REST = 0.1  # seconds without accepting when there is no descriptor or memory for another connection
 
 
@@ -38,26 +41,46 @@ class Poller:
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}
         self._lost: list[tuple[asyncio.Protocol, Exception | None]] = []
-        self._turning = False
+        self.turning = False
+        self.held: list[Outgoing] = []  # those that hold what was written to them
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     def _turn(self) -> None:
-        self._turning = True
-        for _ in range(ROUNDS):
-            events = self._epoll.poll(0, BATCH)
-            if not events:
-                break
-            for fd, mask in events:
-                one = self._watched.get(fd)
-                if one is None:
-                    continue  # closed by an event before it; a descriptor used again is only tried
-                try:
-                    one.ready(mask)
-                except Exception as error:  # noqa: BLE001  whatever it is, the others go on
-                    self.broken(one, error)
-            if self._lost:
-                self._tell()
-        self._turning = False
+        self.turning = True
+        try:
+            for _ in range(ROUNDS):
+                events = self._epoll.poll(0, BATCH)
+                if not events:
+                    break
+                for fd, mask in events:
+                    one = self._watched.get(fd)
+                    if one is None:
+                        continue  # closed by an event before it; a descriptor used again is only tried
+                    try:
+                        one.ready(mask)
+                    except Exception as error:  # noqa: BLE001  whatever it is, the others go on
+                        self.broken(one, error)
+                    if len(self.held) >= HOLDERS:
+                        self._send()
+                self._settle()
+        finally:
+            self.turning = False
+            if self.held or self._lost:  # the turn was broken off
+                self.loop.call_soon(self._settle)
+
+    def _settle(self) -> None:
+        """Send what is held and tell what ended, until neither has led to more of it."""
+        while self.held or self._lost:
+            self._send()
+            self._tell()
+
+    def _send(self) -> None:
+        held, self.held = self.held, []
+        for one in held:
+            try:
+                one.send()
+            except Exception as error:  # noqa: BLE001
+                self.broken(one, error)
 
     def broken(self, one: Watched, error: Exception) -> None:
         """A bug: it costs its connection, and no other."""
@@ -81,7 +104,7 @@ class Poller:
 
     def lost(self, protocol: asyncio.Protocol, error: Exception | None) -> None:
         """Tell `protocol` of its end, soon."""
-        if not self._lost and not self._turning:
+        if not self._lost and not self.turning:
             self.loop.call_soon(self._tell)
         self._lost.append((protocol, error))
 

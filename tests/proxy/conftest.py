@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import uvloop
 from tests.proxy.bed import Bed
 from userspace_proxy.exchange import Exchange
 from userspace_proxy.life import ENDED, MOVES, OPEN, State
+from userspace_proxy.poller import Poller
 
 HERE = Path(__file__).parent
 
@@ -52,6 +54,17 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Exchange, "state", watched)
     yield
     assert not watched.wrong
+
+
+@pytest.fixture
+async def poller() -> Poller:
+    return Poller(asyncio.get_running_loop())
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        yield made
 
 
 @pytest.fixture

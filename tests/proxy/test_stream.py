@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from select import EPOLLIN
 from typing import Any, cast
 
@@ -64,17 +64,6 @@ class Told(asyncio.Protocol):
         while len(self.data) < size:
             self.moved.clear()
             await soon(self.moved.wait())
-
-
-@pytest.fixture
-async def poller() -> Poller:
-    return Poller(asyncio.get_running_loop())
-
-
-@pytest.fixture
-async def listener() -> AsyncIterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        yield made
 
 
 def pair(listener: socket.socket, poller: Poller, protocol: Told) -> socket.socket:
