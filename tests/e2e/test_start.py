@@ -34,8 +34,8 @@ def started(mark: bytes) -> list[str]:
         try:
             if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
                 found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has just ended, or is not ours
     return found
 
 

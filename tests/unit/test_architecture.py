@@ -35,8 +35,8 @@ MAY_IMPORT = {
 }
 PURE = (
     "meshbpf.model", "meshbpf.changes", "meshbpf.carrier", "meshbpf.reason", "meshbpf.wire", "meshbpf.schema",
-    "meshbpf.policy", "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.slots", "loader.plan", "loader.planner",
-    "loader.diff",
+    "meshbpf.policy", "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.slots", "loader.plan",
+    "loader.planner", "loader.diff",
 )  # fmt: skip
 CLOCKS_DICE_AND_WIRES = {
     "asyncio", "logging", "multiprocessing", "random", "secrets", "select", "signal", "socket", "subprocess",
