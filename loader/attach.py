@@ -7,7 +7,7 @@ tables that come; a process killed anywhere leaves only pins of ours, which the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -54,7 +54,12 @@ def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive:
 
 
 def _prepare_steps(
-    instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False, compiler: Compiler | None = None
+    instance: Instance,
+    cgroups: Sequence[Path],
+    mesh: Mesh,
+    naive: bool = False,
+    compiler: Compiler | None = None,
+    planned: Callable[[], None] = lambda: None,
 ) -> Generator[str, None, Prepared]:
     """`naive` also loads the self-test's control program."""
     environment.require_capabilities()
@@ -75,7 +80,7 @@ def _prepare_steps(
     lack = lack or " ".join(f"{name}: {why}" for name, why in refused.items())
     yield "compiled"
     with contextlib.closing(Dataplane(instance, layout, sizes)) as dataplane:
-        dataplane.apply(mesh)
+        dataplane.apply(mesh, planned)
     yield "filled"
     if fields_of_kernel:
         if lack:
@@ -110,9 +115,18 @@ def foresee(compiler: Compiler, sizes: MapSizes) -> None:
         compiler.begin(_defines(sizes, naive=False))
 
 
-def prepare(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, compiler: Compiler | None = None) -> Prepared:
-    """All of an attach but the leading, for who wants to be ready first. Then `lead`, or `abandon`."""
-    steps = _prepare_steps(instance, cgroups, mesh, compiler=compiler)
+def prepare(
+    instance: Instance,
+    cgroups: Sequence[Path],
+    mesh: Mesh,
+    compiler: Compiler | None = None,
+    planned: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """All of an attach but the leading, for who wants to be ready first. Then `lead`, or `abandon`.
+
+    `compiler` may have begun (`foresee`); `planned` is called when what is left to do is mostly the kernel's.
+    """
+    steps = _prepare_steps(instance, cgroups, mesh, compiler=compiler, planned=planned)
     next(steps)  # who is refused here has made nothing
     with _undoing(instance):
         while True:

@@ -79,6 +79,7 @@ class Compiler:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a Ctrl-C or hangup is for whoever began it
             env={**os.environ, "BCC_KERNEL_SOURCE": str(HEADERS), "PYTHONPATH": str(source.BPF.parent)},
         )
         self._begun = defines, child

@@ -7,7 +7,7 @@ apply, so that every apply begins with what is really there.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,13 +69,16 @@ class Dataplane:
 
     # --- writing ---------------------------------------------------------------------------------------------
 
-    def apply(self, mesh: Mesh) -> Applied:
-        """Make the kernel hold `mesh`. Raises MapFull (nothing lost: what was there stays served)."""
+    def apply(self, mesh: Mesh, planned: Callable[[], None] = lambda: None) -> Applied:
+        """Make the kernel hold `mesh`. Raises MapFull (nothing lost: what was there stays served). `planned` is called
+        when what is left to do is mostly the kernel's.
+        """
         state = self._agent_state()
         planner, self._planner = self._planner, None  # a failure half-way is read back from the kernel next time
         if planner is None:
             planner = Planner(self.read_tables(), Ids(state.next_service, state.next_endpoint))
         step = planner.follow(mesh)
+        planned()
         free = step.plan.free
         if (state.next_service, state.next_endpoint) != (free.service, free.endpoint):
             state.next_service, state.next_endpoint = free.service, free.endpoint

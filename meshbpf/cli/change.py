@@ -6,6 +6,7 @@ What a command alone needs is imported in it: `exec` stands before every program
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,9 @@ from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
 from meshbpf.cli.output import counted
 from meshbpf.errors import CannotRun, EnvironmentLack, MeshError, NotFound
+from meshbpf.model import MapSizes
 from meshbpf.runtime import cgroup
+from meshbpf.schema import files
 
 
 def register(app: typer.Typer) -> None:
@@ -81,14 +84,19 @@ def run(
     log_format: LogFormat = "text",
 ) -> None:
     """Attach, then stay: registry, proxy, metrics. SIGTERM drains, SIGHUP re-reads."""
-    from meshbpf.runtime.agent import Options
-    from meshbpf.runtime.main import serve
-
     environment.require_capabilities()
     logs.configure(log_level, log_format)
     paths = options.cgroups(cgroup, allow_root_cgroup)
-    target = Instance(instance)
-    asyncio.run(serve(Options(target, paths, workers, log_level, log_format), options.configuration(config)))
+    target, configured = Instance(instance), options.configuration(config)
+    with contextlib.closing(dataplane.Compiler()) as compiler:
+        texts = files.texts(configured)
+        # Compiling takes as long as loading a server and reading ten thousand services: it begins before both.
+        if not files.may_size_tables(texts):
+            dataplane.foresee(compiler, MapSizes())
+        from meshbpf.runtime.agent import Options
+        from meshbpf.runtime.main import serve
+
+        asyncio.run(serve(Options(target, paths, workers, log_level, log_format), configured, texts, compiler))
 
 
 def execute(

@@ -84,6 +84,7 @@ class Merger:
         self._drafts: dict[ServiceId, _Draft] = {}  # before anybody's addresses are judged or given
         self._order: list[ServiceId] = []
         self._wanted: Wanted | None = None
+        self._kept: tuple[list[_Draft], list[Problem]] | None = None  # from `wanted` to `mesh`
         # What was decided for all services together, with the given addresses that it was decided with (None: not yet).
         self._given: Mapping[ServiceId, str] | None = None
         self._merged: Mapping[ServiceId, str] = {}
@@ -96,8 +97,7 @@ class Merger:
         """As the function; the same object when it is what it was the last time."""
         self._take(snapshots)
         if self._wanted is None:
-            drafts = self._copies()
-            _keep_addresses(drafts, self._agent, [])
+            drafts, _problems = self._kept = self._keep()
             self._wanted = Wanted(
                 tuple(draft.service.id for draft in drafts if not draft.service.addresses),
                 ipaddress.ip_network(self._agent.address_pool),
@@ -110,6 +110,7 @@ class Merger:
         self._take(snapshots)
         if self._given is None or self._given != given:
             self._address(given)
+        self._kept = None
         for identity in self._order:
             if identity not in self._finished:
                 problems: list[Problem] = []
@@ -126,7 +127,7 @@ class Merger:
             return
         if not self._take_changes(snapshots):
             self._take_all(snapshots)
-        self._snapshots = tuple(snapshots)
+        self._snapshots, self._kept = tuple(snapshots), None
 
     def _take_changes(self, snapshots: Sequence[Snapshot]) -> bool:
         """Look at the services that changed only; False when that is not all there is to do."""
@@ -183,14 +184,17 @@ class Merger:
         self._agent, self._suspect, self._drafts = agent, addresses.suspect_ports(agent), drafts
         self._spoken = [{service.id: service for service in snapshot.services} for snapshot in snapshots]
 
-    def _copies(self) -> list[_Draft]:
-        return [dataclasses.replace(self._drafts[identity]) for identity in self._order]
+    def _keep(self) -> tuple[list[_Draft], list[Problem]]:
+        """Copies of the drafts with the addresses that they may keep, and the others."""
+        drafts = [dataclasses.replace(self._drafts[identity]) for identity in self._order]
+        problems: list[Problem] = []
+        _keep_addresses(drafts, self._agent, problems)
+        return drafts, problems
 
     def _address(self, given: Mapping[ServiceId, str]) -> None:
         """Who is called by which addresses."""
-        self._problems, self._finished = [], {}
-        drafts = self._copies()
-        _keep_addresses(drafts, self._agent, self._problems)
+        self._finished = {}
+        (drafts, self._problems), self._kept = self._kept or self._keep(), None
         self._merged = _give_addresses(drafts, self._agent, given, self._problems)
         self._addresses = {draft.service.id: draft.service.addresses for draft in drafts}
         self._taken, self._given = _taken(drafts), given

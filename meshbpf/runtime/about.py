@@ -9,21 +9,15 @@ did not change. What never comes to a worker it is not told of (`Audience`).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
-from meshbpf import wire
+from meshbpf import changes, wire
 from meshbpf.carrier import Carrier, choose
 from meshbpf.model import Mesh, Service, ServicePolicy
 
 MOST = 1000  # changed services; from there on the whole mesh is packed
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    service: Service
-    policy: ServicePolicy
-    told: bool
 
 
 class Audience:
@@ -35,21 +29,22 @@ class Audience:
 
     def __init__(self, everything: bool) -> None:
         self._everything = everything
-        self._judged: dict[tuple[str, str], _Judged] = {}
+        self._last = Mesh()
+        self._told: list[bool] = []  # of its services
 
     def part(self, mesh: Mesh) -> Mesh:
         """`mesh` with these services only; one that is the same object as before is not judged again."""
         if self._everything:
             return mesh
-        last, self._judged = self._judged, {}
-        for service in mesh.services:
-            key, policy = service.id, mesh.policy_for(service)
-            known = last.get(key)
-            if known is None or known.service is not service or known.policy is not policy:
-                told = (known is not None and known.told) or _led(service, policy)
-                known = _Judged(service, policy, told)
-            self._judged[key] = known
-        return replace(mesh, services=tuple(j.service for j in self._judged.values() if j.told))
+        last, self._last = self._last, mesh
+        changed = changes.places(last, mesh)
+        if changed is None:
+            known = {service.id for service in compress(last.services, self._told)}
+            self._told = [service.id in known or _led(service, mesh.policy_for(service)) for service in mesh.services]
+        for place in changed or ():
+            service = mesh.services[place]
+            self._told[place] = self._told[place] or _led(service, mesh.policy_for(service))
+        return replace(mesh, services=tuple(compress(mesh.services, self._told)))
 
 
 def _led(service: Service, policy: ServicePolicy) -> bool:
@@ -64,14 +59,10 @@ def pack(mesh: Mesh, about: dict[str, Any]) -> bytes:
 
 def pack_change(last: Mesh, mesh: Mesh, about: dict[str, Any]) -> bytes | None:
     """What is different from `last`, for who has that; None when it is more than some services."""
-    if len(last.services) != len(mesh.services) or last.policies != mesh.policies:
+    places = changes.places(last, mesh)
+    if places is None or len(places) > MOST:
         return None
-    changed: dict[int, str] = {}
-    for place, (old, new) in enumerate(zip(last.services, mesh.services, strict=True)):
-        if old is not new:
-            if old.id != new.id or len(changed) == MOST:
-                return None
-            changed[place] = wire.service_text(new)
+    changed = {place: wire.service_text(mesh.services[place]) for place in places}
     rest = wire.encode(replace(mesh, services=(), policies={}))
     return json.dumps(
         {**about, "generation": mesh.generation, "base": last.generation, "mesh": rest, "changed": changed}

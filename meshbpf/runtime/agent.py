@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,17 @@ class Agent:
         if self._orphans:  # they keep their layout, and soon end
             told = await self.following.about(mesh, layout="", redirect=False)
             await asyncio.gather(*(orphan.use(told) for orphan in self._orphans))
+        planned = threading.Event()
+
+        def prepare() -> dataplane.Prepared:
+            try:
+                return dataplane.prepare(self.options.instance, self.options.cgroups, mesh, self._compiler, planned.set)
+            finally:
+                planned.set()
+
         prepared, *others = await asyncio.gather(
-            asyncio.to_thread(dataplane.prepare, self.options.instance, self.options.cgroups, mesh, self._compiler),
-            self._start_workers(),
+            asyncio.to_thread(prepare),
+            self._start_workers(planned),
             return_exceptions=True,  # what was prepared is known here, whatever else failed
         )
         if isinstance(prepared, BaseException):
@@ -150,13 +159,15 @@ class Agent:
         for served in self.namespaces.served.values():
             self.plane.mark(served.sockets)
 
-    async def _start_workers(self) -> None:
+    async def _start_workers(self, planned: threading.Event) -> None:
         """They load what they need, and read the mesh, while the programs are compiled."""
         # First, because they are born where we are.
         self._exempt = cgroup.exempt(self.options.cgroups, self.options.instance.name)
         await self.supervisor.start(self.workers)
         await self.following.foretell()
-        await asyncio.to_thread(wire.texts, self.following.mesh)  # as the state file will want them
+        # As the state file will want them: while the kernel fills the tables, because two threads plan no faster.
+        await asyncio.to_thread(planned.wait)
+        await asyncio.to_thread(wire.texts, self.following.mesh)
 
     def _serve(self, *more: Served) -> None:
         """Have workers accept in these namespaces, once they may."""

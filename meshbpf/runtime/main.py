@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import signal
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from aiohttp import web
 from loader import dataplane
 from meshbpf import garbage
 from meshbpf.model import Agent as AgentSettings
-from meshbpf.model import MapSizes, Mesh
+from meshbpf.model import Mesh
 from meshbpf.registry.embedded import EmbeddedSource
 from meshbpf.registry.file import FileSource
 from meshbpf.registry.instance import Rules
@@ -22,7 +21,7 @@ from meshbpf.runtime import api, notify
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.metrics import Metrics
 from meshbpf.runtime.sources import Sources, embedded_settings, last_generation, registries
-from meshbpf.schema import addresses, files
+from meshbpf.schema import addresses
 from meshbpf.tasks import spawn
 from userspace_proxy import accesslog
 
@@ -32,25 +31,17 @@ def own_ports(mesh: Mesh) -> frozenset[int]:
     return frozenset(port for _field, _host, port in addresses.listeners(mesh.agent))
 
 
-def usual_tables(texts: Sequence[tuple[str, str]]) -> bool:
-    """Whether no file says how large the tables shall be, as far as that can be told before they are made sense of."""
-    return not any("maps" in text for _file, text in texts)
+async def serve(
+    options: Options, paths: Sequence[Path], texts: list[tuple[str, str]], compiler: dataplane.Compiler
+) -> None:
+    """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good.
 
-
-async def serve(options: Options, paths: Sequence[Path]) -> None:
-    """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good."""
+    `texts` are what the files of `paths` say now.
+    """
     # Before anything that takes time: unhandled, the signal would end us. What is read below is new anyway.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     garbage.not_yet()
-    with contextlib.closing(dataplane.Compiler()) as compiler:
-        await _serve(options, paths, compiler)
-
-
-async def _serve(options: Options, paths: Sequence[Path], compiler: dataplane.Compiler) -> None:
-    texts, source = files.texts(paths), FileSource(paths)
-    # Compiling takes as long as reading ten thousand services, and needs the sizes of the tables only.
-    if usual_tables(texts):
-        dataplane.foresee(compiler, MapSizes())
+    source = FileSource(paths)
     said = source.first(texts)
     configured = Mesh(said.agent or AgentSettings(), said.services)
     dataplane.foresee(compiler, configured.agent.maps)

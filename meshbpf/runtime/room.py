@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from loader.plan import TABLES, sized_by
 from loader.slots import slots_of
+from meshbpf import changes
 from meshbpf.model import EndpointState, LoadBalancer, MapSizes, Mesh, Protocol, Service, SessionAffinity
 from meshbpf.registry.instance import ServiceId
 from meshbpf.registry.merge import Problem
@@ -67,24 +68,33 @@ class Fitter:
     """Fits mesh after mesh; counts again only what changed, and looks closely only when the sum of all is too much."""
 
     def __init__(self) -> None:
-        self._most: dict[int, tuple[Service, LoadBalancer, tuple[int, ...]]] = {}
+        self._last = Mesh()
+        self._most: list[tuple[int, ...]] = []  # of its services
 
     def fit(self, mesh: Mesh, files: Sequence[Service], sizes: MapSizes, name: str) -> tuple[Mesh, list[Problem]]:
         """As `fit`; `files` are the services as the files, a source called `name`, have them."""
-        known, self._most = self._most, {}
-        for service in mesh.services:
-            policy, found = mesh.policy_for(service).load_balancer, known.get(id(service))
-            if found is None or found[1] != policy:
-                found = (service, policy, _most(service, policy))
-            self._most[id(service)] = found
-        counted = [most for _service, _policy, most in self._most.values()]
-        sums = [sum(column) for column in zip(*counted, strict=True)]
+        self._count(mesh)
+        sums = [sum(column) for column in zip(*self._most, strict=True)]
         if all(rows <= getattr(sizes, sized_by(table)) for table, rows in zip(TABLES, sums, strict=False)) and (
-            max((most[TABLES.index("slots")] for most in counted), default=0) <= MAX_SLOTS
+            max([most[TABLES.index("slots")] for most in self._most], default=0) <= MAX_SLOTS
         ):
             return mesh, []
         places = {endpoint.source for service in files for endpoint in service.endpoints} | {name}
         return fit(mesh, {service.id for service in files}, sizes, places)
+
+    def _count(self, mesh: Mesh) -> None:
+        last, self._last = self._last, mesh
+        changed = changes.places(last, mesh)
+        if changed is None:
+            same = last.policies == mesh.policies
+            known = dict(zip(map(id, last.services), self._most, strict=True)) if same else {}
+            self._most = [
+                known.get(id(service)) or _most(service, mesh.policy_for(service).load_balancer)
+                for service in mesh.services
+            ]
+        for place in changed or ():
+            service = mesh.services[place]
+            self._most[place] = _most(service, mesh.policy_for(service).load_balancer)
 
 
 def _most(service: Service, policy: LoadBalancer) -> tuple[int, ...]:

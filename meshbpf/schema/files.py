@@ -44,6 +44,11 @@ def texts(paths: Sequence[Path]) -> list[tuple[str, str]]:
     return list(found.values())
 
 
+def may_size_tables(texts: Sequence[tuple[str, str]]) -> bool:
+    """Whether a file may say how large the tables are: a guess, before anybody makes sense of them."""
+    return any("maps" in text for _file, text in texts)
+
+
 def files(path: Path) -> list[Path]:
     """The configuration files that `path` names: itself, or those of the directory."""
     try:

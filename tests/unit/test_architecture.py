@@ -34,9 +34,9 @@ MAY_IMPORT = {
     "cli": {"common", "policy", "schema", "registry", "loader", "client", "runtime"},
 }
 PURE = (
-    "meshbpf.model", "meshbpf.carrier", "meshbpf.reason", "meshbpf.wire", "meshbpf.schema", "meshbpf.policy",
-    "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.slots", "loader.plan", "loader.planner",
-    "loader.diff",
+    "meshbpf.model", "meshbpf.changes", "meshbpf.carrier", "meshbpf.reason", "meshbpf.wire", "meshbpf.schema",
+    "meshbpf.policy", "meshbpf.registry.merge", "loader.abi", "loader.header", "loader.slots", "loader.plan",
+    "loader.planner", "loader.diff",
 )  # fmt: skip
 CLOCKS_DICE_AND_WIRES = {
     "asyncio", "logging", "multiprocessing", "random", "secrets", "select", "signal", "socket", "subprocess",

@@ -116,6 +116,14 @@ def test_closing_ends_a_child_in_the_middle_of_compiling(compiler: Compiler, pyt
     compiler.close()
 
 
+def test_what_is_said_to_our_process_group_is_not_said_to_the_compiler(
+    compiler: Compiler, python: Callable[..., Path]
+) -> None:
+    log = python()
+    compiler.begin({"SIZE": 1})
+    assert os.getpgid(pid(log)) != os.getpgid(0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_child_does_not_outlive_who_began_it(python: Callable[..., Path], number: signal.Signals) -> None:
     log = python("time.sleep(600)")

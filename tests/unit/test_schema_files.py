@@ -11,7 +11,7 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.errors import ConfigError
 from meshbpf.model import Agent, Mesh
 from meshbpf.schema import ConfigErrors
-from meshbpf.schema.files import files, is_configuration, load, texts
+from meshbpf.schema.files import files, is_configuration, load, may_size_tables, texts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PORTS = "spec: {ports: [{name: http, port: 80}]}"
@@ -88,3 +88,9 @@ def test_the_shop_is_what_its_comments_say() -> None:
     assert [(e.address, e.ports["http"]) for e in orders.endpoints] == [("127.0.0.1", 8081), ("127.0.0.1", 8082)]
     assert choose(orders.ports[0], mesh.policy_for(orders)).carrier is Carrier.PROXY
     assert choose(ledger.ports[0], mesh.policy_for(ledger)).carrier is Carrier.DIRECT
+
+
+def test_who_never_says_maps_cannot_size_tables() -> None:
+    agent = "apiVersion: meshbpf.io/v1\nkind: Agent\nspec: {maps: {slots: 7}}\n"
+    assert may_size_tables([("a", service("a")), ("b", agent)])
+    assert not may_size_tables([("a", service("a"))])
