@@ -43,7 +43,7 @@ def test_every_endpoint_of_a_udp_port_serves_whatever_its_state_and_weight() -> 
     [(True, True, True, False), (True, True, False, True), (False, True, False, False), (False, False, False, True)],
 )
 def test_who_lost_its_endpoint(service: bool, endpoint_there: bool, serves: bool, lost: bool) -> None:
-    socket = abi.Connected(7, abi.pack_address("127.0.0.1"), 53, 0, 1, 2, 4711)
+    socket = abi.Connected(7, abi.pack_address("127.0.0.1"), 53, service_id=1, endpoint_id=2, pid=4711)
     maps = {
         "connected": Rows({(99).to_bytes(8, "little"): bytes(socket)}),
         "policies": Rows({(1).to_bytes(4, "little"): b""} if service else {}),
