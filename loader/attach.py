@@ -16,6 +16,7 @@ from loader.compile import Compiler
 from loader.detach import detach, drop_stale
 from loader.hooks import CGROUP_HOOKS, attach_hooks, refuse_shared
 from loader.instance import Instance
+from loader.planner import Planner
 from loader.tables import SHAPES, Dataplane
 from meshbpf import wire
 from meshbpf.errors import Busy, DataplaneError, EnvironmentLack, MeshError
@@ -26,7 +27,8 @@ from meshbpf.model import MapSizes, Mesh
 class Prepared:
     """Tables that are filled and programs that are loaded, but lead nobody yet. `first`: nothing was attached before.
 
-    `same_tables`: those in use before are in use now. `lack` is why this kernel has no redirect.
+    `same_tables`: those in use before are in use now. `lack` is why this kernel has no redirect. `planner` knows what
+    the tables hold.
     """
 
     instance: Instance
@@ -36,6 +38,7 @@ class Prepared:
     lack: str
     first: bool
     same_tables: bool
+    planner: Planner | None
 
 
 def attach_steps(instance: Instance, cgroups: Sequence[Path], mesh: Mesh, naive: bool = False) -> Iterator[str]:
@@ -75,6 +78,7 @@ def _prepare_steps(
     yield "compiled"
     with contextlib.closing(Dataplane(instance, layout, sizes)) as dataplane:
         dataplane.apply(mesh, planned)
+        planner = dataplane.planner
     yield "filled"
     if fields_of_kernel:
         if lack:
@@ -82,7 +86,7 @@ def _prepare_steps(
         else:
             redirect.attach(maps, stage)
         yield "redirect"
-    return Prepared(instance, cgroups, mesh, layout, lack, not before, before.get("layout") == layout)
+    return Prepared(instance, cgroups, mesh, layout, lack, not before, before.get("layout") == layout, planner)
 
 
 def _lead_steps(prepared: Prepared) -> Iterator[str]:
