@@ -17,6 +17,7 @@ from loader.compile import Compiler
 from loader.detach import detach, drop_stale
 from loader.hooks import CGROUP_HOOKS, attach_hooks, refuse_shared
 from loader.instance import Instance
+from loader.planner import Planner
 from loader.tables import SHAPES, Dataplane
 from meshbpf import wire
 from meshbpf.errors import Busy, DataplaneError, EnvironmentLack, MeshError
@@ -28,7 +29,7 @@ class Prepared:
     """Tables that are filled and programs that are loaded, but lead nobody yet. `first`: nothing was attached before.
 
     `earlier` is the folder of the tables that were in use before, if these are others. `lack` is why this kernel has no
-    redirect.
+    redirect. `planner` knows what the tables hold.
     """
 
     instance: Instance
@@ -38,6 +39,7 @@ class Prepared:
     lack: str
     first: bool
     earlier: Path | None
+    planner: Planner | None
 
     @property
     def same_tables(self) -> bool:
@@ -81,6 +83,7 @@ def _prepare_steps(
     yield "compiled"
     with contextlib.closing(Dataplane(instance, layout, sizes)) as dataplane:
         dataplane.apply(mesh, planned)
+        planner = dataplane.planner
     yield "filled"
     if fields_of_kernel:
         if lack:
@@ -89,7 +92,7 @@ def _prepare_steps(
             redirect.attach(maps, stage)
         yield "redirect"
     earlier = instance.maps(before["layout"]) if before.get("layout", layout) != layout else None
-    return Prepared(instance, cgroups, mesh, layout, lack, not before, earlier)
+    return Prepared(instance, cgroups, mesh, layout, lack, not before, earlier, planner)
 
 
 def _lead_steps(prepared: Prepared) -> Iterator[str]:

@@ -52,9 +52,11 @@ class Applied:
 
 
 class Dataplane:
-    """One attached instance. Make it with `attach` (writes) or `open_pins` (reads)."""
+    """One attached instance. Make it with `attach` (writes) or `open_pins` (reads). `planner` is that of another one,
+    which nobody writes with any more: else the first change costs a look at all that the kernel holds.
+    """
 
-    def __init__(self, instance: Instance, layout: str, sizes: MapSizes) -> None:
+    def __init__(self, instance: Instance, layout: str, sizes: MapSizes, planner: Planner | None = None) -> None:
         self.instance = instance
         self.layout = layout
         self.sizes = sizes
@@ -64,7 +66,7 @@ class Dataplane:
         for name, (key, value, per_cpu) in SHAPES.items():
             path = self.maps_folder / name
             self.maps[name] = libbpf.Map(path, key, value, room.get(name, 0), per_cpu)
-        self._planner: Planner | None = None
+        self.planner = planner
         self._left = False  # also by an apply that failed half-way
 
     # --- writing ---------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ class Dataplane:
         when what is left to do is mostly the kernel's.
         """
         state = self._agent_state()
-        planner, self._planner = self._planner, None  # a failure half-way is read back from the kernel next time
+        planner, self.planner = self.planner, None  # a failure half-way is read back from the kernel next time
         if planner is None:
             planner = Planner(self.read_tables(), Ids(state.next_service, state.next_endpoint))
         step = planner.follow(mesh)
@@ -93,7 +95,7 @@ class Dataplane:
             writes += len(run)
         if step.whole:
             self._drop_rows(step.plan)
-        self._planner = planner
+        self.planner = planner
         left, self._left = self._left, False
         return Applied(writes, step.plan, left)
 

@@ -15,7 +15,7 @@ import typer
 
 from loader import dataplane, environment, leftovers, neighbours
 from loader.instance import Instance
-from meshbpf import logs
+from meshbpf import garbage, logs
 from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
@@ -84,6 +84,7 @@ def run(
     log_format: LogFormat = "text",
 ) -> None:
     """Attach, then stay: registry, proxy, metrics. SIGTERM drains, SIGHUP re-reads."""
+    garbage.not_yet()
     environment.require_capabilities()
     logs.configure(log_level, log_format)
     paths = options.cgroups(cgroup, allow_root_cgroup)

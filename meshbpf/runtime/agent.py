@@ -152,7 +152,7 @@ class Agent:
         for failed in others:
             if isinstance(failed, BaseException):
                 raise failed
-        self.plane = Dataplane(self.options.instance, prepared.layout, mesh.agent.maps)
+        self.plane = Dataplane(self.options.instance, prepared.layout, mesh.agent.maps, prepared.planner)
         self.attached.set()
         self.following.redirect_lack = prepared.lack
         self.following.plane = self.plane
@@ -200,7 +200,6 @@ class Agent:
         self._scanner = spawn(self._scan(), "scan namespaces")
         self.need(self._scanner)
         self._trial = spawn(self.following.accelerate(), "try acceleration")
-        spawn(self.following.recall(), "recall what the kernel holds")
         log.info(
             "ready instance=%s pid=%d workers=%d generation=%d services=%d",
             self.options.instance.name, os.getpid(), self.workers, mesh.generation, len(mesh.services),

@@ -187,14 +187,6 @@ class Following:
             "redirect": redirect,
         }
 
-    async def recall(self) -> None:
-        """Plan once what the kernel holds already, so that the first change costs no more than the later ones."""
-        async with self._applying:
-            try:
-                await asyncio.to_thread(self.plane.apply, self.mesh)
-            except (MeshError, OSError) as error:
-                log.warning("the kernel's tables could not be read again error=%s", error)
-
     async def accelerate(self) -> None:
         """Let connections join the redirect table once this kernel has shown that it gets it right (promise 5).
 

@@ -36,11 +36,10 @@ async def serve(
 ) -> None:
     """Until SIGTERM or SIGINT. A configuration that is bad at the start is an error; later ones keep the last good.
 
-    `texts` are what the files of `paths` say now.
+    `texts` are what the files of `paths` say now; whoever calls does not look for garbage yet.
     """
     # Before anything that takes time: unhandled, the signal would end us. What is read below is new anyway.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
-    garbage.not_yet()
     source = FileSource(paths)
     said = source.first(texts)
     configured = Mesh(said.agent or AgentSettings(), said.services)
