@@ -228,7 +228,7 @@ async def test_nothing_of_a_bad_answer_reaches_the_caller(bed: Bed, name: str) -
     )
     assert b"x-meshbpf-reason: upstream_protocol_error\r\n" in head
     record = await bed.record()
-    assert (record.response_flags, record.endpoint_outcome) == ("UPE", "protocol_error")
+    assert (record.response_flags, record.endpoint_outcome) == ("UPE", "upstream_protocol_error")
     assert bed.route.pool.open == 0  # that connection is not used again
 
 
