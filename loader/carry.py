@@ -17,7 +17,7 @@ from pathlib import Path
 from loader import abi, libbpf
 from loader.slots import IDENTITY, is_ipv4
 from loader.tables import SHAPES
-from meshbpf.errors import MapFull
+from meshbpf.errors import DataplaneError
 
 log = logging.getLogger("dataplane")
 Rows = dict[bytes, bytes]
@@ -129,13 +129,20 @@ class Carry:
         for name in CARRIED.keys() & self._tables.keys():
             try:
                 self._table(name)
-            except MapFull as error:
+            except DataplaneError as error:  # full, or no memory: an upgrade does not stop half-way for that
                 log.warning("sockets are not carried over to the new tables: %s", error)
         if "answers" in self._tables:
-            answers = self._tables["answers"][1]
-            there = set(answers.keys())
-            rows = [shown_as(self._to, *row) for row in self._seen.get("connected", {}).items()]
-            answers.update_many([row for row in rows if row is not None and row[0] not in there])
+            try:
+                self._show()
+            except DataplaneError as error:
+                log.warning("sockets may show their endpoint's address: %s", error)
+
+    def _show(self) -> None:
+        """Whose the datagrams of connected sockets are, which the earlier tables knew by the socket."""
+        answers = self._tables["answers"][1]
+        there = set(answers.keys())
+        rows = [shown_as(self._to, *row) for row in self._seen.get("connected", {}).items()]
+        answers.update_many([row for row in rows if row is not None and row[0] not in there])
 
     def _table(self, name: str) -> None:
         source, target = self._tables[name]

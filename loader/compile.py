@@ -121,7 +121,12 @@ class Compiler:
         """Tell the child its job, or that there is none; what it said, and how it ended."""
         assert self._begun is not None
         (_defines, child), self._begun = self._begun, None
-        return (*child.communicate(job), child.returncode)
+        try:
+            return (*child.communicate(job), child.returncode)
+        except BaseException:  # Ctrl-C: it has a session of its own, and would go on making pins after our lock is free
+            child.kill()
+            child.wait()
+            raise
 
 
 class _Instruction(ct.Structure):
@@ -158,9 +163,11 @@ def _lead(module: Any, lib: Any, name: str, instead: dict[int, int]) -> None:
 
 def _await_job(told: FileIO, jobs: SimpleQueue[Job]) -> None:
     text = told.readall()
-    if not text:
-        os._exit(0)  # in the middle of compiling: who could have had a job has none, or has died
-    jobs.put(Job(**json.loads(text)))
+    try:
+        job = Job(**json.loads(text))
+    except ValueError:
+        os._exit(0)  # in the middle of compiling: who could have had a job has none, or died while telling it
+    jobs.put(job)
 
 
 def main() -> int:

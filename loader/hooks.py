@@ -53,8 +53,9 @@ def attach_hooks(
     """Replace what runs, then attach what is missing, connect last.
 
     With other tables, who hears of a socket's end does not know what a connect of the other kind decided: so the
-    earlier ones stay beside the new ones until connect has been replaced. Then `moved` is called: the earlier tables
-    get no more sockets, and both kinds still lose those that end.
+    earlier ones stay beside the new ones until connect and sendmsg have been replaced. Then `moved` is called, since the
+    earlier tables get no more sockets: before anybody reads answers by ours, and again while both kinds still lose
+    those that end.
     """
     running: list[tuple[str, Path, Path]] = []
     missing: list[tuple[str, Path, Path]] = []
@@ -65,10 +66,11 @@ def attach_hooks(
     for hook, cgroup, pin in running:
         if hook in ENDS and not same_tables:
             _attach_hook(hook, cgroup, pin, stage)
-    told = same_tables
+    untold = set() if same_tables else {"recvmsg", "ends"}
     for hook, cgroup, pin in running:
-        if hook in ENDS and not told:
-            told = True
+        phase = "ends" if hook in ENDS else hook.rstrip("46")
+        if phase in untold:
+            untold.remove(phase)
             moved()
         with _opened(stage / hook) as program, _opened(pin) as link:
             libbpf.link_update(link, program)

@@ -71,12 +71,31 @@ class Facts:
     build: Mapping[str, str] = field(default_factory=dict)  # version, kernel, …
 
 
+def _since(snapshot: Snapshot, begun: Snapshot) -> Snapshot:
+    """What has been counted since `begun`; gauges as they are."""
+    found: Snapshot = {}
+    for family, rows in snapshot.items():
+        if family in GAUGES:
+            found[family] = rows
+            continue
+        old = {tuple(labels): value for *labels, value in begun.get(family, ())}
+        found[family] = [[*labels, _less(value, old.get(tuple(labels)))] for *labels, value in rows]
+    return found
+
+
+def _less(value: Any, old: Any) -> Any:
+    if old is None:
+        return value
+    return [a - b for a, b in zip(value, old, strict=True)] if isinstance(value, list) else value - old
+
+
 class Totals:
     """The sum over all workers that ever were. An incarnation is one process: a restarted worker is another one."""
 
     def __init__(self) -> None:
         self._base: Snapshot = {}
         self._latest: dict[Hashable, Snapshot] = {}
+        self._begun: dict[Hashable, Snapshot] = {}  # what counted before us
         self._retention = Retention()
         self._failed: dict[tuple[str, str], tuple[float, str]] = {}  # (service, endpoint) → when last, and how
         self._served: dict[tuple[str, str], float] = {}  # of these, when last
@@ -84,10 +103,15 @@ class Totals:
     def adopt(self, mesh: Mesh, now: float) -> None:
         self._retention.adopt(mesh, now)
 
-    def update(self, incarnation: Hashable, snapshot: Snapshot, now: float) -> None:
+    def update(self, incarnation: Hashable, snapshot: Snapshot, now: float, *, earlier: bool = False) -> None:
+        """`earlier`: a process that an agent before us began. What it has counted until its first word here did not
+        just happen, and whoever scrapes had it from that agent: it is taken off.
+        """
+        if earlier:
+            snapshot = _since(snapshot, self._begun.setdefault(incarnation, snapshot))
         before = {tuple(row[:-1]): row[-1] for row in self._latest.get(incarnation, {}).get(ATTEMPTS, ())}
         for service, endpoint, outcome, count in snapshot.get(ATTEMPTS, ()):
-            if count == before.get((service, endpoint, outcome)):
+            if count == before.get((service, endpoint, outcome), 0):
                 continue
             if outcome != "ok":
                 self._fails((service, endpoint), now, outcome)
@@ -108,6 +132,7 @@ class Totals:
     def ended(self, incarnation: Hashable) -> None:
         """The process is dead: keep its counters, forget its gauges. To be called after its last update."""
         last = self._latest.pop(incarnation, {})
+        self._begun.pop(incarnation, None)
         counters = {family: rows for family, rows in last.items() if family not in GAUGES}
         self._base = merge([self._base, counters])
 

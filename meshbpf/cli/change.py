@@ -56,8 +56,11 @@ def attach(
             found[0].set_agent(0, 0)  # onProxyDown is better than a worker that closes what it does not know
             found[0].close()
         dataplane.attach(target, paths, mesh)
-        for line in neighbours.switched_off(paths, dataplane.CGROUP_HOOKS):
-            typer.echo(f"warning: {line}", err=True)
+        try:
+            for line in neighbours.switched_off(paths, dataplane.CGROUP_HOOKS):
+                typer.echo(f"warning: {line}", err=True)
+        except (MeshError, OSError) as error:
+            typer.echo(f"warning: neighbours not looked at: {error}", err=True)
         if found := dataplane.open_pins(target):
             stranded.end(found[0].maps)
             found[0].close()

@@ -6,7 +6,8 @@ Rules:
 - what was read decides, not what was notified: each wake-up reads everything and compares, so that a notification too
   many costs a few milliseconds, and one too few (network file systems, a directory made later) is made up for within
   a second;
-- a file that is being written is waited for; what was read while something began to be written is read again;
+- a file that is being written is waited for; what was read while something began to be written is read again, and so
+  is what was another after reading than before it: a ConfigMap is swapped as a whole, and is to be read as a whole;
 - reading and parsing happen on a thread.
 """
 
@@ -32,6 +33,7 @@ QUIET_SECONDS = 0.4  # a file that is written and not closed is read when nothin
 LONGEST_SECONDS = 5.0  # or when things have been happening for so long
 LOOK_SECONDS = 1.0  # looks at names, sizes and times without any notification
 MOST_LINKS = 16
+MOST_READS = 8
 
 Content = list[tuple[str, str]] | str  # what was read, or why it could not be
 Stamp = tuple[tuple[str, int, int, int], ...]
@@ -45,15 +47,16 @@ class FileSource:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = [Path(path) for path in paths]
         self._pieces: Known = {}
-        self._first: tuple[Content, Snapshot] | None = None
+        self._first: tuple[list[tuple[str, str]], Snapshot] | None = None
         self._wake = asyncio.Event()
         self._told_to = False
         self._stamp: Stamp = ()  # of what was read, taken before it was read
         self._notices: Inotify | None = None  # while there are some
+        self._listening = asyncio.Event()  # … or cannot be
 
     def first(self, texts: list[tuple[str, str]]) -> Snapshot:
-        """What the files mean that have just been read, for who must know before `watch`, which does not look into them
-        again as long as they say the same. Raises `ConfigErrors` with every fault.
+        """What the files mean that have just been read: the first word of `watch`, and what stays should they be bad by
+        then. Raises `ConfigErrors` with every fault.
         """
         snapshot = _snapshot(texts, self._pieces)
         self._first = (texts, snapshot)
@@ -69,6 +72,11 @@ class FileSource:
         good, filled = Snapshot(source=self.name), frozenset[str]()
         last: Content | None = None
         try:
+            if self._first is not None:
+                (last, good), self._first = self._first, None
+                filled = frozenset(file for file, text in last if text)
+                yield good
+                await self._listening.wait()  # whoever writes just now is heard when he closes
             while True:
                 self._wake.clear()
                 told, self._told_to = self._told_to, False
@@ -81,7 +89,7 @@ class FileSource:
                     continue
                 if told or content != last:
                     last = content
-                    now = await asyncio.to_thread(self._next, content, good, filled)
+                    now = await asyncio.to_thread(_next, content, good, filled, self._pieces)
                     if not now.error and not isinstance(content, str):
                         good, filled = now, frozenset(file for file, text in content if text)
                     yield now
@@ -89,12 +97,6 @@ class FileSource:
         finally:
             watcher.cancel()
             await asyncio.wait([watcher])
-
-    def _next(self, content: Content, good: Snapshot, filled: frozenset[str]) -> Snapshot:
-        first, self._first = self._first, None
-        if first is not None and first[0] == content:
-            return first[1]
-        return _next(content, good, filled, self._pieces)
 
     async def _notice(self) -> None:
         """Set `_wake` whenever something may have changed, for ever."""
@@ -108,6 +110,7 @@ class FileSource:
                 if str(error) != complained:
                     complained = str(error)
                     log.warning("no change notifications, looking every second instead error=%s", error)
+                self._listening.set()
                 await asyncio.sleep(LOOK_SECONDS)
                 self._wake.set()
 
@@ -119,11 +122,9 @@ class FileSource:
         with contextlib.closing(
             Inotify(folders, lambda name: name in names or files.is_configuration(name))
         ) as notices:
-            self._notices, patience, seen = (
-                notices,
-                0.0,
-                self._stamp,
-            )  # what happened before we listened is seen by a look
+            self._notices = notices
+            self._listening.set()
+            patience, seen = 0.0, self._stamp  # what happened before we listened is seen by a look
             try:
                 while True:
                     change = await notices.changed(patience, QUIET_SECONDS, LONGEST_SECONDS)
@@ -186,10 +187,16 @@ def _stamp(paths: Sequence[Path]) -> Stamp:
 
 
 def _content(paths: Sequence[Path]) -> Content:
-    try:
-        return files.texts(paths)
-    except ConfigError as error:
-        return str(error)
+    found: Content = ""
+    for _ in range(MOST_READS):
+        before = _stamp(paths)
+        try:
+            found = files.texts(paths)
+        except ConfigError as error:
+            found = str(error)
+        if _stamp(paths) == before:
+            break
+    return found  # somebody who never stops is read as he was found last: what follows wakes us
 
 
 def _next(content: Content, good: Snapshot, filled: frozenset[str], known: Known) -> Snapshot:

@@ -215,8 +215,11 @@ class Agent:
         self.plane.set_agent(self._port, self._exempt)
         self._carried = dataplane.lead(self._prepared)
         self._prepared = None
-        for line in neighbours.switched_off(self.options.cgroups, dataplane.CGROUP_HOOKS):
-            log.warning("neighbour switched off: %s", line)
+        try:
+            for line in neighbours.switched_off(self.options.cgroups, dataplane.CGROUP_HOOKS):
+                log.warning("neighbour switched off: %s", line)
+        except (MeshError, OSError) as error:  # callers are led by now: who cannot be told of is no reason to stop
+            log.warning("neighbours not looked at error=%s", error)
         self._serve_all()
         for orphan in self._orphans:
             spawn(orphan.end(drain), f"drain earlier worker {orphan.pid}")
@@ -241,7 +244,8 @@ class Agent:
         if snapshot is None:
             self.totals.ended(incarnation)
         else:
-            self.totals.update(incarnation, snapshot, time.monotonic())
+            earlier = incarnation.startswith(orphans.NAME)
+            self.totals.update(incarnation, snapshot, time.monotonic(), earlier=earlier)
 
     async def _scan(self) -> None:
         while True:

@@ -23,6 +23,7 @@ from meshbpf.runtime.supervisor import REPORTS
 
 log = logging.getLogger("orphans")
 ANSWER_SECONDS = 2.0
+NAME = "orphan-"  # of what an orphan reports, before its pid
 
 
 class Orphan:
@@ -41,14 +42,14 @@ class Orphan:
             self._listeners.append((int(message["netns"]), fds))
             return
         if message["type"] == "stats":
-            self._report(f"orphan-{self.pid}", message["blob"].read())
+            self._report(f"{NAME}{self.pid}", message["blob"].read())
         for fd in fds:
             os.close(fd)
         if message["type"] in self._said:
             self._said[message["type"]].set()
 
     def _closed(self) -> None:
-        self._report(f"orphan-{self.pid}", None)
+        self._report(f"{NAME}{self.pid}", None)
         self._gone.set()
         for event in self._said.values():
             event.set()

@@ -138,3 +138,30 @@ def test_a_child_does_not_outlive_who_began_it(python: Callable[..., Path], numb
         finally:
             parent.kill()
     until(lambda: not alive(child), "the child has ended")
+
+
+def test_ctrl_c_ends_the_child_that_has_a_job(python: Callable[..., Path], tmp_path: Path) -> None:
+    """It would go on pinning tables after the lock of whoever began it is free."""
+    log = python(compiling="time.sleep(60)")
+    code = (
+        "import sys; from loader.compile import Compiler, Job\n"
+        "sys.executable = sys.argv[1]; Compiler().run(Job('m', 's', {'A': 1}, ()))"
+    )
+    parent = subprocess.Popen([OURS, "-c", code, str(tmp_path / "python")], cwd=ROOT, stderr=subprocess.DEVNULL)
+    child = pid(log)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(10) != 0
+    until(lambda: not alive(child), "the child has ended")
+
+
+def test_a_job_that_was_not_told_to_its_end_is_none(python: Callable[..., Path]) -> None:
+    log = python(compiling="time.sleep(60)")
+    command = [sys.executable, "-P", "-m", "loader.compile"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as child:
+        assert child.stdin is not None
+        child.stdin.write(b'{"A": 1}\n{"maps": "m", "stag')
+        child.stdin.close()
+        assert child.wait(10) == 0
+    assert log.read_text()

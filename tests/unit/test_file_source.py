@@ -12,6 +12,7 @@ from meshbpf.registry import file as module
 from meshbpf.registry import inotify
 from meshbpf.registry.base import Snapshot
 from meshbpf.registry.file import FileSource
+from meshbpf.schema import files
 from meshbpf.tasks import spawn
 
 SERVICE = """\
@@ -286,3 +287,49 @@ def test_a_first_look_raises_every_fault_with_its_position(tmp_path: Path) -> No
 def test_the_watched_directories_stay_few(tmp_path: Path) -> None:
     os.symlink("loop.yaml", tmp_path / "loop.yaml")
     assert module.watched([tmp_path / "loop.yaml"]) == [tmp_path]
+
+
+@pytest.mark.parametrize("then", ["kind: Nonsense\n", "", "{"])
+async def test_what_goes_bad_between_the_start_and_the_watch_keeps_what_was_read(tmp_path: Path, then: str) -> None:
+    """`run` reads, then loads a server: meanwhile somebody writes."""
+    path = tmp_path / "mesh.yaml"
+    path.write_text(service("orders"))
+    async with Watching(path) as watching:
+        watching.source.first(files.texts([path]))
+        path.write_text(then)
+        assert names(await watching.next()) == ["orders"]
+        bad = await watching.next()
+        assert names(bad) == ["orders"] and bad.error and bad.stale
+        path.write_text(service("carts"))
+        await watching.until("carts")
+
+
+async def test_files_that_are_swapped_while_they_are_read_are_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """carts moves from one file to the other: no reading may find it in neither."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, left, right in ((old, ("orders",), ("carts",)), (new, ("orders", "carts"), ("users",))):
+        folder.mkdir()
+        for name, services in (("a.yaml", left), ("b.yaml", right)):
+            text = "---\n".join(service(each).replace("0.10", f"0.{ord(each[0])}") for each in services)
+            (folder / name).write_text(text)
+    data = tmp_path / "conf"
+    data.symlink_to("old")
+    genuine = files.texts
+    swapped = []
+
+    def swap_after_reading(paths: list[Path]) -> list[tuple[str, str]]:
+        found = genuine(paths)
+        if not swapped:
+            swapped.append(True)
+            half = [pair for pair in found if pair[0].endswith("a.yaml")]
+            (tmp_path / "next").symlink_to("new")
+            (tmp_path / "next").rename(data)
+            return half + [pair for pair in genuine(paths) if pair[0].endswith("b.yaml")]
+        return found
+
+    monkeypatch.setattr(files, "texts", swap_after_reading)
+    async with Watching(data) as watching:
+        assert sorted(names(await watching.next())) == ["carts", "orders", "users"]
+    assert swapped

@@ -243,3 +243,22 @@ def test_failures_that_nobody_asks_about_take_bounded_memory(monkeypatch: pytest
         totals.update(second, {ATTEMPTS: [[service, "127.0.0.1:1", "connect_failed", 1]]}, float(second))
     seen = totals.endpoints(9.0)
     assert [name[0] for name, one in seen.items() if one["failing"]] == ["c", "d"]
+
+
+def test_what_a_process_counted_before_us_did_not_just_happen() -> None:
+    totals = Totals()
+    orders = Service("orders", endpoints=(Endpoint("127.0.0.1", {"http": 8081}),))
+    totals.adopt(Mesh(services=(orders,)), 0.0)
+    host = "127.0.0.1:8081"
+
+    def said(failed: int, ok: int, open_: int) -> Snapshot:
+        attempts: list[list[object]] = [["orders", host, "connect_failed", failed], ["orders", host, "ok", ok]]
+        return {"upstream_requests_total": attempts, "requests_in_flight": [["orders", open_]]}
+
+    totals.update("orphan-7", said(1, 1_000_000, 3), 10.0, earlier=True)
+    first = totals.endpoints(10.0)[f"orders {host}"]
+    assert (first["ok"], first["failed"], first["failing"], first["last_error"]) == (0, 0, False, None)
+    assert totals.merged(10.0)["requests_in_flight"] == [["orders", 3]]
+    totals.update("orphan-7", said(2, 1_000_005, 3), 11.0, earlier=True)
+    then = totals.endpoints(11.0)[f"orders {host}"]
+    assert (then["ok"], then["failed"], then["failing"]) == (5, 1, True)
