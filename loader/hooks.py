@@ -53,9 +53,9 @@ def attach_hooks(
     """Replace what runs, then attach what is missing, connect last.
 
     With other tables, who hears of a socket's end does not know what a connect of the other kind decided: so the
-    earlier ones stay beside the new ones until connect and sendmsg have been replaced. Then `moved` is called, since the
-    earlier tables get no more sockets: before anybody reads answers by ours, and again while both kinds still lose
-    those that end.
+    earlier ones stay beside the new ones until connect and sendmsg have been replaced. Then `moved` is called, since
+    the earlier tables get no more sockets: before anybody reads answers by ours, and again while both kinds still
+    lose those that end.
     """
     running: list[tuple[str, Path, Path]] = []
     missing: list[tuple[str, Path, Path]] = []
