@@ -37,8 +37,8 @@ from meshbpf.errors import MeshError
 
 NAME = "bench-soak"
 PORTS = 8  # of endpoints
-# Of warm-up at most, or a third of a short run: what is gone is remembered for up to twenty minutes (twice stats.KEEP), and
-# only memory that holds as much of that as it ever will can be compared with later memory.
+# Of warm-up at most, or a third of a short run: what is gone is remembered for twenty minutes (twice stats.KEEP),
+# and only memory that holds as much of that as it ever will can be compared with later memory.
 WARM_SECONDS = 1260.0
 SAMPLE_SECONDS = 5.0
 TICK = 0.1
