@@ -139,15 +139,14 @@ def _user(uid: int) -> str:
 def check_cgroup(path: Path, allow_root: bool = False) -> Path:
     """`path` as an absolute cgroup2 directory. Raises EnvironmentLack: missing, another file system, the root."""
     top = cgroup2()
-    tops = [Path(point) for point, kind in mounts() if kind == "cgroup2"]
     resolved = path.resolve()
     if not resolved.is_dir():
         remedy = f"mkdir {path}, or name a systemd slice, such as {top}/system.slice"
         if is_namespaced(top):
             remedy = f"to lead callers outside of this container, {WHOLE_TREE}"
         raise EnvironmentLack(f"cgroup {path} does not exist", remedy)
-    if not any(map(resolved.is_relative_to, tops)) or not (resolved / "cgroup.procs").exists():
-        raise EnvironmentLack(f"{path} is not a cgroup2 directory", f"choose one below {top}")
+    within_cgroup2(path)
+    tops = _tops()
     if resolved in tops and not allow_root and is_namespaced(resolved):
         raise EnvironmentLack(
             f"{path} is the top of a container's cgroup namespace: nobody outside of it can be led",
@@ -159,6 +158,22 @@ def check_cgroup(path: Path, allow_root: bool = False) -> Path:
             "choose a child cgroup, or say --allow-root-cgroup",
         )
     return resolved
+
+
+def within_cgroup2(path: Path) -> Path:
+    """`path` as an absolute cgroup2 directory, there or still to be made. Raises EnvironmentLack when it would be a
+    directory like any other, whose processes nobody leads.
+    """
+    resolved = path.resolve()
+    if any(map(resolved.is_relative_to, _tops())):
+        nearest = next(place for place in (resolved, *resolved.parents) if place.exists())
+        if (nearest / "cgroup.procs").exists():
+            return resolved
+    raise EnvironmentLack(f"{path} is not a cgroup2 directory", f"choose one below {cgroup2()}")
+
+
+def _tops() -> list[Path]:
+    return [Path(point) for point, kind in mounts() if kind == "cgroup2"]
 
 
 def machine() -> int:

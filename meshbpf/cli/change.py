@@ -124,7 +124,7 @@ def execute(
             )
         target = Path(named[0])
     else:
-        target = options.below_mount(cgroup_)
+        target = options.cgroup_to_join(cgroup_)
     if target.resolve() == environment.cgroup2():
         raise MeshError(f"{target} is the machine's root cgroup: joining it would leave the mesh")
     try:

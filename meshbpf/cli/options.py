@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -98,11 +99,23 @@ def below_mount(path: Path) -> Path:
 
 def cgroups(paths: list[Path], allow_root: bool) -> tuple[Path, ...]:
     """Checked cgroup directories, each once. Raises EnvironmentLack with the remedy."""
-    try:
+    with _telling_of_relative(*paths):
         return tuple(dict.fromkeys(environment.check_cgroup(below_mount(path), allow_root) for path in paths))
+
+
+def cgroup_to_join(path: Path) -> Path:
+    """A checked cgroup directory that may be missing yet. Raises EnvironmentLack with the remedy."""
+    with _telling_of_relative(path):
+        return environment.within_cgroup2(below_mount(path))
+
+
+@contextlib.contextmanager
+def _telling_of_relative(*paths: Path) -> Iterator[None]:
+    """Who wrote an absolute path may not know where this machine has the mount, nor that it need not be written."""
+    try:
+        yield
     except EnvironmentLack as error:
         if not any(path.is_absolute() for path in paths):
             raise
-        # Who wrote an absolute path may not know where this machine has the mount, nor that it need not be written.
         relative = "a name without a leading / is below the cgroup2 mount, such as --cgroup shop"
         raise EnvironmentLack(error.what, f"{error.remedy}; {relative}") from error

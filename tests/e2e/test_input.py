@@ -98,7 +98,13 @@ def test_cgroups_that_cannot_be_led(machine: Machine, tmp_path: Path) -> None:
         ):
             config = ["-c", str(machine.folder / "config"), "--instance", machine.instance.name]
             told(machine.meshbpf(command, "--cgroup", path, *config), 69, "remedy: ", *words)
-    assert not machine.instance.pins.exists()
+    told(
+        machine.meshbpf("exec", "--cgroup", str(tmp_path / "x"), "--", "true"),
+        69,
+        "is not a cgroup2 directory",
+        str(top),
+    )
+    assert not machine.instance.pins.exists() and not (tmp_path / "x").exists()
 
 
 def test_an_instance_that_is_not_attached(machine: Machine) -> None:

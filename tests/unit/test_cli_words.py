@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from loader import environment
 from loader.instance import Instance
 from meshbpf import cli, wire
 from meshbpf.cli import options
@@ -96,7 +97,8 @@ def test_exec_of_what_does_not_start_ends_as_env_does(
     if mode is not None:
         program.write_text("#!/bin/sh\n")
         program.chmod(mode)
-    monkeypatch.setattr("meshbpf.cli.change.environment.cgroup2", lambda: tmp_path / "mount")
+    (tmp_path / "cgroup.procs").touch()
+    monkeypatch.setattr(environment, "mounts", lambda: [(str(tmp_path), "cgroup2")])
     monkeypatch.setattr("meshbpf.cli.change.cgroup.join", lambda _cgroup: None)
     assert ended(monkeypatch, ["exec", "--cgroup", "shop", "--", str(program)]) == code
     assert capsys.readouterr().err.startswith(f"meshbpf: cannot run {program}: ")
@@ -125,3 +127,13 @@ def test_detach_names_the_file_that_stays(configured: bool, tmp_path: Path, monk
 def test_one_and_many() -> None:
     assert [counted(n, "port") for n in (0, 1, 2)] == ["0 ports", "1 port", "2 ports"]
     assert counted(2, "policy", "policies") == "2 policies"
+
+
+def test_exec_makes_no_directory_outside_of_cgroup2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "mounts", lambda: [("/sys/fs/cgroup/unified", "cgroup2")])
+    assert ended(monkeypatch, ["exec", "--cgroup", str(tmp_path / "shop"), "--", "true"]) == 69
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/shop is not a cgroup2 directory" in said and "below /sys/fs/cgroup/unified" in said
+    assert "without a leading /" in said and not (tmp_path / "shop").exists()

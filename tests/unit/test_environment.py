@@ -62,6 +62,19 @@ def test_bad_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert environment.check_cgroup(top, allow_root=True) == top
 
 
+def test_a_cgroup_that_is_still_to_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    top = cgroup(tmp_path / "top")
+    mounted(monkeypatch, (top, "cgroup2"))
+    shop = cgroup(top / "shop")
+    for path in (shop, shop / "web/one"):
+        assert environment.within_cgroup2(path) == path
+    for path in (tmp_path / "shop", cgroup(tmp_path / "topmost"), top / "../shop", shop / "cgroup.procs/web"):
+        with pytest.raises(EnvironmentLack, match="is not a cgroup2 directory") as caught:
+            environment.within_cgroup2(path)
+        assert str(top) in caught.value.remedy
+    assert not (shop / "web").exists()
+
+
 @pytest.mark.parametrize(
     ("held", "missing"),
     [
