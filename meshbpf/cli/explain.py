@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,10 @@ CONVERSATION = (
     "a socket stays with its endpoint until that leaves the service; a retry after a second without an answer,"
     " from a socket that is not connected, goes to another one"
 )
-
+NOW = {
+    OnProxyDown.DIRECT: f"no proxy runs: straight to an endpoint ({Reason.PROXY_ABSENT.word})",
+    OnProxyDown.REFUSE: f"no proxy runs: refused ({Reason.PROXY_DOWN_REFUSED.word})",
+}
 CLIENT = "a client is the address that its socket is bound to, else its network namespace"
 
 
@@ -104,7 +108,7 @@ def explain(plane: Dataplane, mesh: Mesh, text: str) -> Steps:
 
 def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
     policy = mesh.policy_for(service)
-    choice = choose(port, policy)
+    choice, serves = choose(port, policy), plane.proxy_serves(time.monotonic_ns())
     named = f"{service.label} port {port.name} ({port.port}/{port.protocol}), from {service.source or 'unknown'}"
     steps: Steps = [("service", named)]
     raw = [plane.maps["services"].lookup(service_key(a, port.port, port.protocol)) for a in service.addresses]
@@ -118,6 +122,8 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
     if choice.carrier is Carrier.PROXY:
         fallback = "led to an endpoint, ungoverned" if policy.on_proxy_down is OnProxyDown.DIRECT else "refused"
         steps.append(("without proxy", f"onProxyDown {policy.on_proxy_down}: while no proxy serves, {fallback}"))
+        if not serves:
+            steps.append(("now", NOW[policy.on_proxy_down]))
     steps.append(("balance", _balance(policy, choice.carrier)))
     if policy.load_balancer.session_affinity is SessionAffinity.CLIENT_IP:
         timeout = durations.render(policy.load_balancer.session_affinity_timeout)
@@ -127,8 +133,20 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
         steps.append(("limit", f"maxConnections {limit}: {open_now} open now, one more than that is refused"))
     if port.protocol is Protocol.UDP:
         steps.append(("conversation", CONVERSATION))
-    steps += _endpoints(plane, service, port, held, _shared(port, policy))
+    through_proxy = choice.carrier is Carrier.PROXY and (serves or policy.on_proxy_down is OnProxyDown.REFUSE)
+    steps += _endpoints(plane, service, port, held, _shared(port, policy), _without_endpoint(port, through_proxy))
     return steps
+
+
+def _without_endpoint(port: Port, through_proxy: bool) -> str:
+    """The verdict on a call while no endpoint takes any: the reason that is counted, and what the caller sees."""
+    if not through_proxy:
+        reason, sees = Reason.NO_ENDPOINT, "the caller gets an error from connect()"
+    elif port.protocol is Protocol.HTTP:
+        reason, sees = Reason.NO_HEALTHY_UPSTREAM, "the proxy answers 503"
+    else:
+        reason, sees = Reason.NO_HEALTHY_UPSTREAM, "the proxy closes the connection"
+    return f"{reason.word}: the service has no endpoint that takes new connections: {sees}"
 
 
 def _balance(policy: ServicePolicy, carrier: Carrier) -> str:
@@ -160,7 +178,7 @@ def _slots(plane: Dataplane, held: bytes) -> range:
     return range(2 * policy.slots4 if policy.pick == abi.Pick.HASH_OF_BOTH else 0, policy.slots)
 
 
-def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | None, shared: str) -> Steps:
+def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | None, shared: str, without: str) -> Steps:
     slots: dict[int, int] = {}
     if held is not None:
         for index in _slots(plane, held):
@@ -189,5 +207,5 @@ def _endpoints(plane: Dataplane, service: Service, port: Port, held: bytes | Non
     if held is None:
         steps.append(("verdict", "left alone: the kernel leads no connect to this port"))
     elif not total:
-        steps.append(("verdict", f"{Reason.NO_ENDPOINT.word}: {TEXT[Reason.NO_ENDPOINT]}"))
+        steps.append(("verdict", without))
     return steps

@@ -21,7 +21,11 @@ class FakeMap:
 
 
 class FakePlane:
-    """Attached with `mesh`. `counted` may be filled: service id → opened and closed, direct and proxy."""
+    """Attached with `mesh`, and no proxy `serves`. `counted` may be filled: service id → opened and closed, direct and
+    proxy.
+    """
+
+    serves = False
 
     def __init__(self, mesh: Mesh) -> None:
         self.tables = plan(mesh, Tables()).tables
@@ -30,7 +34,7 @@ class FakePlane:
         self.counted: dict[int, tuple[int, int, int, int]] = {}
 
     def proxy_serves(self, now_ns: int) -> bool:
-        return False
+        return self.serves
 
     def connections(self) -> dict[int, tuple[int, int, int, int]]:
         return self.counted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -47,8 +48,10 @@ POLICY = ServicePolicy(
 MESH = Mesh(services=(ORDERS, USERS), policies={("users", "shop"): POLICY})
 
 
-def said(text: str, mesh: Mesh = MESH) -> list[tuple[str, str]]:
-    return explain(attached(mesh)[1], mesh, text)
+def said(text: str, mesh: Mesh = MESH, serves: bool = True) -> list[tuple[str, str]]:
+    fake, plane = attached(mesh)
+    fake.serves = serves
+    return explain(plane, mesh, text)
 
 
 def test_a_governed_port_step_by_step() -> None:
@@ -109,7 +112,33 @@ def test_no_endpoint_and_a_policy() -> None:
     assert steps["policy"] == "policy strict, from mesh.yaml:9:1"
     assert steps["without proxy"] == "onProxyDown refuse: while no proxy serves, refused"
     assert steps["balance"] == "RANDOM"
-    assert steps["verdict"].startswith("no_endpoint: ")
+    assert steps["verdict"] == (
+        "no_healthy_upstream: the service has no endpoint that takes new connections: the proxy answers 503"
+    )
+
+
+@pytest.mark.parametrize(
+    ("down", "protocol", "serves", "verdict"),
+    [
+        (OnProxyDown.DIRECT, Protocol.HTTP, True, "no_healthy_upstream: .* the proxy answers 503"),
+        (OnProxyDown.DIRECT, Protocol.TCP, True, "no_healthy_upstream: .* the proxy closes the connection"),
+        (OnProxyDown.DIRECT, Protocol.HTTP, False, "no_endpoint: .* the caller gets an error"),
+        (OnProxyDown.REFUSE, Protocol.HTTP, False, "no_healthy_upstream: "),
+    ],
+)
+def test_the_reason_is_of_who_would_carry_it(down: OnProxyDown, protocol: Protocol, serves: bool, verdict: str) -> None:
+    users = replace(USERS, ports=(Port("main", 80, protocol),))
+    policy = ServicePolicy(mode=Mode.PROXY, on_proxy_down=down)
+    steps = dict(said("users.shop", Mesh(services=(users,), policies={users.id: policy}), serves))
+    assert re.match(verdict, steps["verdict"])
+
+
+def test_how_it_is_now_that_no_proxy_runs() -> None:
+    assert "now" not in dict(said("orders:http"))
+    steps = dict(said("orders:http", serves=False))
+    assert steps["now"] == "no proxy runs: straight to an endpoint (proxy_absent)"
+    assert dict(said("users.shop", serves=False))["now"] == "no proxy runs: refused (proxy_down_refused)"
+    assert "now" not in dict(said("orders:db", serves=False))
 
 
 def test_a_udp_port() -> None:
