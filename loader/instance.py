@@ -126,6 +126,14 @@ def _is(path: Path, fd: int) -> bool:
         return False
 
 
+def attached() -> list[str]:
+    """The names of the instances that are attached here, as far as we may see."""
+    try:
+        return sorted(path.parent.name for path in RUN.glob("*/state.json"))
+    except PermissionError:
+        return []
+
+
 def owner(instance: Instance) -> int:
     """The process that holds the instance's lock, or 0. Makes nothing."""
     try:

@@ -20,7 +20,8 @@ from meshbpf.carrier import Carrier, choose
 from meshbpf.cli import options
 from meshbpf.cli.options import AllowRoot, Cgroups, Config, InstanceName, LogFormat, LogLevel
 from meshbpf.cli.output import counted
-from meshbpf.errors import CannotRun, EnvironmentLack, MeshError, NotFound
+from meshbpf.cli.read import attached_here, not_attached
+from meshbpf.errors import CannotRun, EnvironmentLack, MeshError
 from meshbpf.model import MapSizes
 from meshbpf.runtime import cgroup
 from meshbpf.schema import files
@@ -119,9 +120,7 @@ def execute(
             lack = f"may not read instance {instance}"
             raise EnvironmentLack(lack, "run as root (sudo), or name --cgroup") from error
         if not named:
-            raise NotFound(
-                f"instance {instance} is not attached\n  remedy: meshbpf attach --cgroup PATH -c FILE, or name --cgroup"
-            )
+            raise not_attached(instance, ", or name --cgroup")
         target = Path(named[0])
     else:
         target = options.cgroup_to_join(cgroup_)
@@ -156,7 +155,7 @@ def detach(
     with target.lock():
         removed += dataplane.detach(target)
     if not any(not line.startswith("run directory") for line in removed):
-        typer.echo(f"nothing attached as {instance}")
+        typer.echo("\n".join([f"nothing attached as {instance}", *attached_here()]))
         return
     tables = [line for line in removed if line.startswith("map ")]
     for line in removed:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from loader import abi, dataplane, environment
+from loader import instance as places
 from loader.dataplane import Dataplane
 from loader.instance import Instance
 from meshbpf.cli import ask, columns, completion, layout, output, view
@@ -34,8 +35,20 @@ def opened(name: str) -> tuple[Instance, Dataplane, Mesh]:
     instance = Instance(name)
     found = dataplane.open_pins(instance)
     if found is None:
-        raise NotFound(f"instance {name} is not attached\n  remedy: meshbpf attach --cgroup PATH -c FILE")
+        raise not_attached(name)
     return instance, *found
+
+
+def not_attached(name: str, else_: str = "") -> NotFound:
+    """What to say to who asks for an instance that is not there: perhaps --instance was forgotten."""
+    others = "".join(f"\n  {line}" for line in attached_here())
+    return NotFound(f"instance {name} is not attached{others}\n  remedy: meshbpf attach --cgroup PATH -c FILE{else_}")
+
+
+def attached_here() -> list[str]:
+    """A line that names the instances that there are, and how to name them to a command; none when there are none."""
+    named = ", ".join(f"{name} (--instance {name})" for name in places.attached())
+    return [f"attached here: {named}"] if named else []
 
 
 def services(

@@ -130,7 +130,7 @@ def test_detach_ends_a_running_agent(machine: Machine) -> None:
     assert not any(alive(pid) for pid in workers)
     assert not machine.instance.pins.exists() and not machine.instance.run.exists()
     again = machine.detach()
-    assert (again.returncode, again.stdout) == (0, f"nothing attached as {machine.instance.name}\n")
+    assert again.returncode == 0 and again.stdout.startswith(f"nothing attached as {machine.instance.name}\n")
 
 
 def test_detach_ends_orphans_even_hanging_ones(machine: Machine) -> None:

@@ -115,7 +115,7 @@ def test_an_instance_that_is_not_attached(machine: Machine) -> None:
     told(machine.meshbpf("deregister", "orders", *instance), 1)
     done = machine.meshbpf("detach", *instance)
     told(done, 0)
-    assert done.stdout == f"nothing attached as {machine.instance.name}\n"
+    assert done.stdout.startswith(f"nothing attached as {machine.instance.name}\n")
 
 
 def test_reading_while_no_agent_runs(machine: Machine) -> None:

@@ -137,3 +137,26 @@ def test_exec_makes_no_directory_outside_of_cgroup2(
     said = capsys.readouterr().err
     assert f"{tmp_path}/shop is not a cgroup2 directory" in said and "below /sys/fs/cgroup/unified" in said
     assert "without a leading /" in said and not (tmp_path / "shop").exists()
+
+
+def test_who_forgot_the_instance_is_told_which_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("loader.instance.RUN", tmp_path / "run")
+    monkeypatch.setattr("loader.instance.BPFFS", tmp_path / "bpf")
+    monkeypatch.setattr(environment, "require_capabilities", lambda: None)
+    monkeypatch.setattr("loader.leftovers.sweep", list)
+    for command in ("status", "detach"):
+        ended(monkeypatch, [command])
+        assert "attached here" not in "".join(capsys.readouterr())
+    for name in ("eval7", "eval8"):
+        Instance(name).write_state({"cgroups": []})
+    (tmp_path / "run/neighbour").mkdir()
+    told = "attached here: eval7 (--instance eval7), eval8 (--instance eval8)"
+    assert ended(monkeypatch, ["status"]) == 1
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first.endswith("instance default is not attached") and more[0] == f"  {told}"
+    assert ended(monkeypatch, ["exec", "--", "true"]) == 1
+    assert told in capsys.readouterr().err
+    assert ended(monkeypatch, ["detach"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["nothing attached as default", told]
