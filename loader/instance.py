@@ -19,6 +19,7 @@ from meshbpf.errors import Busy, MeshError
 
 BPFFS = Path("/sys/fs/bpf")
 RUN = Path("/run/meshbpf")
+DEFAULT = "default"
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -29,6 +30,11 @@ class Instance:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise MeshError(f"instance {self.name!r}: use lower-case letters, digits and dashes, at most 40")
+
+    @property
+    def option(self) -> str:
+        """What a command that is to mean this instance needs, with a blank before it; empty for the default one."""
+        return "" if self.name == DEFAULT else f" --instance {self.name}"
 
     @property
     def pins(self) -> Path:

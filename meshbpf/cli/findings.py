@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from loader.environment import LET_BPF, WHOLE_TREE
+from loader.instance import Instance
 from meshbpf.cli.facts import InstanceFacts, MachineFacts
 from meshbpf.cli.layout import age
 from meshbpf.cli.output import counted
@@ -191,7 +192,7 @@ def self_test_id(trial: str) -> str:
 
 def instance(facts: InstanceFacts) -> list[Finding]:
     """What the named instance does; `attached` alone when there is nothing more to say."""
-    again = f"meshbpf attach --cgroup PATH -c FILE{_named(facts)}"
+    again = f"meshbpf attach --cgroup PATH -c FILE{Instance(facts.name).option}"
     if not facts.attached:
         return [Finding("attached", Result.ERROR, f"instance {facts.name} is not attached", again)]
     gone = [cgroup.path for cgroup in facts.cgroups if not cgroup.exists]
@@ -222,7 +223,7 @@ def _agent(facts: InstanceFacts) -> list[Finding]:
     if facts.agent is None:
         if not facts.governed:
             return [Finding("agent", Result.OK, "not running, and not needed: every port is direct")]
-        remedy = f"meshbpf run --cgroup PATH -c FILE{_named(facts)}"
+        remedy = f"meshbpf run --cgroup PATH -c FILE{Instance(facts.name).option}"
         if facts.proxy_serves:
             detail = "not running: its workers still serve, but follow no registry and no file any more"
             return [Finding("agent", Result.WARNING, detail, remedy)]
@@ -272,12 +273,8 @@ def _endpoints(facts: InstanceFacts) -> Finding:
     ]
     words = dict.fromkeys(row["last_error"] for row in failing)
     remedies = [f"; {word}: {REMEDY[Reason[word.upper()]]}" for word in words if Reason[word.upper()] in REMEDY]
-    look = f"meshbpf endpoints {failing[0]['service']}{_named(facts)}"
+    look = f"meshbpf endpoints {failing[0]['service']}{Instance(facts.name).option}"
     return Finding("endpoints", Result.WARNING, _listed(told), look + "".join(remedies))
-
-
-def _named(facts: InstanceFacts) -> str:
-    return "" if facts.name == "default" else f" --instance {facts.name}"
 
 
 def exit_code(findings: Sequence[Finding], may_look: bool) -> int:

@@ -290,6 +290,11 @@ class Agent:
         log.info("draining seconds=%.1f", drain)
         self.plane.set_agent(0, self._exempt)  # from here on no connection is led to the proxy
         await self.supervisor.drain(drain)
+        # Who ends `run` by Ctrl-C may believe that the mesh is gone with it.
+        log.info(
+            "still attached: direct ports go on, governed ones follow onProxyDown; meshbpf detach%s takes it away",
+            self.options.instance.option,
+        )
         log.info("stopped pid=%d", os.getpid())
 
     async def close(self) -> None:

@@ -36,6 +36,10 @@ def test_names_that_are_none(name: str) -> None:
         Instance(name)
 
 
+def test_how_a_command_names_it() -> None:
+    assert [Instance(name).option for name in ("default", "eval7")] == ["", " --instance eval7"]
+
+
 def test_paths(tmp_path: Path) -> None:
     made = Instance("a")
     assert made.maps("0123") == tmp_path / "bpf/meshbpf/a/maps-0123"
