@@ -30,7 +30,5 @@ def test_an_agent_that_stops_says_that_the_hooks_stay(caplog: pytest.LogCaptureF
 
     caplog.set_level(logging.INFO, "agent")
     assert asyncio.run(stopped()).port == 0
-    said = (
-        "still attached: direct ports go on, governed ones follow onProxyDown; meshbpf detach --instance eval7"
-    )
+    said = "still attached: direct ports go on, governed ones follow onProxyDown; meshbpf detach --instance eval7"
     assert [message.startswith(said) for message in caplog.messages] == [False, True, False]
