@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -92,6 +93,7 @@ class Lock:
     """Exclusive right to change the instance, for as long as the process holds it. Raises Busy, naming the owner."""
 
     def __init__(self, instance: Instance) -> None:
+        self._instance = instance
         path = instance.run / "lock"
         while True:
             try:
@@ -115,8 +117,18 @@ class Lock:
 
     def release(self) -> None:
         if self._fd >= 0:
+            self._tidy()
             os.close(self._fd)
             self._fd = -1
+
+    def _tidy(self) -> None:
+        """A start that failed before it attached anything leaves no run directory with nothing but our lock in it."""
+        run, path = self._instance.run, self._instance.run / "lock"
+        if not self._instance.pins.exists() and _is(path, self._fd) and os.listdir(run) == ["lock"]:
+            path.unlink()  # whoever waits for it sees that it is gone, and makes it anew
+            for folder in (run, run.parent):
+                with contextlib.suppress(OSError):  # another instance's, or made anew already
+                    folder.rmdir()
 
     def __enter__(self) -> Lock:
         return self

@@ -44,14 +44,15 @@ def attach(
 ) -> None:
     """Load the programs, fill the tables, attach, then exit. Direct ports then work with no process at all."""
     from meshbpf.runtime import orphans, stranded
-    from meshbpf.runtime.sources import last_generation, once
+    from meshbpf.runtime.sources import embedded_settings, last_generation, new_store_undone, once
 
     environment.require_capabilities()
     paths = options.cgroups(cgroup, allow_root_cgroup)
     target = Instance(instance)
     leftovers.sweep()
-    with target.lock():
-        mesh = asyncio.run(once(options.configuration(config), instance, last_generation(target) + 1))
+    configured = files.load(options.configuration(config))
+    with target.lock(), new_store_undone(target, Path(embedded_settings(configured, instance).store)):
+        mesh = asyncio.run(once(configured, instance, last_generation(target) + 1))
         # Workers that outlived their agent are led callers of whatever the tables say: they have to know it first.
         if not asyncio.run(orphans.keep_up(target, mesh, paths)) and (found := dataplane.open_pins(target)):
             found[0].set_agent(0, 0)  # onProxyDown is better than a worker that closes what it does not know
@@ -150,12 +151,13 @@ def detach(
     environment.require_capabilities()
     target = Instance(instance)
     leftovers.sweep()
-    store = store_of(target)
+    store, run_there = store_of(target), target.run.is_dir()
     removed = stop.stop_processes(target)
     with target.lock():
         removed += dataplane.detach(target)
     if not any(not line.startswith("run directory") for line in removed):
-        typer.echo("\n".join([f"nothing attached as {instance}", *attached_here()]))
+        tidied = [f"removed run directory {target.run}, which an earlier start had left"] if run_there else []
+        typer.echo("\n".join([f"nothing attached as {instance}", *tidied, *attached_here()]))
         return
     tables = [line for line in removed if line.startswith("map ")]
     for line in removed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import signal
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from meshbpf.registry.instance import Rules
 from meshbpf.runtime import api, notify
 from meshbpf.runtime.agent import Agent, Options
 from meshbpf.runtime.metrics import Metrics
-from meshbpf.runtime.sources import Sources, embedded_settings, last_generation, registries
+from meshbpf.runtime.sources import Sources, embedded_settings, last_generation, new_store_undone, registries
 from meshbpf.schema import addresses
 from meshbpf.tasks import spawn
 from userspace_proxy import accesslog
@@ -45,13 +46,17 @@ async def serve(
     configured = Mesh(said.agent or AgentSettings(), said.services)
     dataplane.foresee(compiler, configured.agent.maps)
     accesslog.check(configured.agent.access_log)
-    with options.instance.lock():
+    async with contextlib.AsyncExitStack() as ending:
+        ending.enter_context(options.instance.lock())
         rules = Rules(
             own_ports=own_ports(configured),
             service_networks=(ipaddress.ip_network(configured.agent.address_pool),),
             service_addresses=frozenset(a for service in configured.services for a in service.addresses),
         )
-        embedded = EmbeddedSource(embedded_settings(configured, options.instance.name), rules)
+        settings = embedded_settings(configured, options.instance.name)
+        ending.enter_context(new_store_undone(options.instance, Path(settings.store)))
+        embedded = EmbeddedSource(settings, rules)
+        ending.push_async_callback(embedded.close)
         await embedded.start()
         generation = last_generation(options.instance)
         sources = Sources(source, embedded, registries(configured.agent, embedded), generation)

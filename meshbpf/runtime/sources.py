@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from meshbpf.registry.http import HttpSource
 from meshbpf.registry.instance import ServiceId
 from meshbpf.registry.store import Store
 from meshbpf.runtime import room
-from meshbpf.schema.files import load
 from meshbpf.tasks import spawn
 
 log = logging.getLogger("sources")
@@ -166,9 +166,8 @@ def registries(agent: Agent, embedded: EmbeddedSource) -> list[Source]:
     return found if embedded in found else [embedded, *found]
 
 
-async def once(paths: Sequence[Path], instance: str, generation: int) -> Mesh:
-    """The mesh of the files alone, for `attach`. Raises ConfigErrors."""
-    configured = load(paths)
+async def once(configured: Mesh, instance: str, generation: int) -> Mesh:
+    """The mesh of what the files say, alone, for `attach`."""
     snapshot = Snapshot(configured.services, tuple(configured.policies.values()), configured.agent, source="files")
     store = Store(embedded_settings(configured, instance).store)
     if all(service.addresses for service in configured.services):
@@ -193,6 +192,24 @@ def store_of(instance: Instance) -> Path:
     except (KeyError, TypeError, ValueError):  # none, or another version's
         agent = Agent()
     return Path(embedded_settings(Mesh(agent), instance.name).store)
+
+
+@contextlib.contextmanager
+def new_store_undone(instance: Instance, path: Path) -> Iterator[None]:
+    """A start that fails before anything is attached takes the store away that it made: nobody has seen an address of
+    it. Whoever opened it within has closed it by then.
+    """
+    made = [place for place in (path, path.parent) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        if path in made and not instance.read_state():
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+            if path.parent in made:
+                with contextlib.suppress(OSError):  # somebody else's file is in it by now
+                    path.parent.rmdir()
+        raise
 
 
 def last_generation(instance: Instance) -> int:

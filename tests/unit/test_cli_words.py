@@ -160,3 +160,6 @@ def test_who_forgot_the_instance_is_told_which_there_are(
     assert told in capsys.readouterr().err
     assert ended(monkeypatch, ["detach"]) == 0
     assert capsys.readouterr().out.splitlines() == ["nothing attached as default", told]
+    assert ended(monkeypatch, ["detach", "--instance", "neighbour"]) == 0
+    run = tmp_path / "run/neighbour"
+    assert f"removed run directory {run}, which" in capsys.readouterr().out and not run.exists()

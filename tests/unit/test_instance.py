@@ -128,3 +128,22 @@ def test_many_lock_and_remove_and_never_two_at_once() -> None:
     for thread in threads:
         thread.join()
     assert most == 1
+
+
+def test_a_lock_leaves_no_folder_of_its_own() -> None:
+    made = Instance("a")
+    with made.lock():
+        assert made.run.is_dir()
+    assert not made.run.exists() and not module.RUN.exists()
+    with made.lock():
+        made.write_state({"cgroups": []})
+    assert sorted(os.listdir(made.run)) == ["lock", "state.json"]
+
+
+def test_a_lock_leaves_the_folder_of_who_came_after_a_detach() -> None:
+    made = Instance("a")
+    first = made.lock()
+    shutil.rmtree(made.run)
+    with made.lock():
+        first.release()
+        assert os.listdir(made.run) == ["lock"] and owner(made) == os.getpid()
