@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from loader import dataplane, environment, leftovers, neighbours
+from loader import instance as places
 from loader.instance import Instance
 from meshbpf import garbage, logs
 from meshbpf.carrier import Carrier, choose
@@ -166,5 +167,6 @@ def detach(
         elif line == tables[0]:
             typer.echo(f"removed {counted(len(tables), 'map')}")
     typer.echo(f"detached {instance}: direct connections stay open, what the proxy carried has ended")
-    if store.exists():
+    others = [store_of(Instance(name)) for name in places.attached() if name != instance]
+    if store.exists() and store not in others:  # two that name one file: only one of them can hold it
         typer.echo(f"kept {store}, what its registry remembers; to forget it: rm {store}*")

@@ -122,6 +122,8 @@ def test_detach_names_the_file_that_stays(configured: bool, tmp_path: Path, monk
     store.touch()
     last = shown("detach", "--instance", "shop").splitlines()[-1]
     assert last.startswith(f"kept {store}, ") and last.endswith(f"rm {store}*")
+    Instance("other").write_state({"mesh": wire.encode(Mesh(Agent(registries=(EmbeddedRegistry(store=str(store)),))))})
+    assert "rm " not in shown("detach", "--instance", "shop")
 
 
 def test_one_and_many() -> None:
