@@ -108,7 +108,10 @@ class Lock:
             except BlockingIOError as error:
                 owner = os.pread(self._fd, 64, 0).decode() or "unknown"
                 os.close(self._fd)
-                raise Busy(f"instance {instance.name} is in use by process {owner}") from error
+                raise Busy(
+                    f"instance {instance.name} is in use by process {owner}\n"
+                    "  remedy: change its configuration, which a running agent reads again, or stop that process"
+                ) from error
             if _is(path, self._fd):
                 break
             os.close(self._fd)  # the lock of a folder that a detach has removed: nobody else would see it

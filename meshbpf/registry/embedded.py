@@ -84,9 +84,9 @@ class EmbeddedSource:
                 await web.TCPSite(runner, host, port).start()
             except OSError as error:
                 await self._stop()
-                where = f"registry: cannot listen on {self.settings.listen}"
+                where = f"registry: cannot listen on {self.settings.listen} (Agent.spec.registries[].embedded.listen)"
                 if error.errno == errno.EADDRINUSE:
-                    raise Busy(f"{where}: the port is taken") from error
+                    raise Busy(f"{where}: the port is taken: end who listens there, or change it") from error
                 raise MeshError(f"{where}: {error.strerror or error}") from error
             bound = runner.addresses[0]
             self.address = (bound[0], bound[1])

@@ -84,7 +84,8 @@ def serve(fd: int, port: int) -> Served:
             with netns.inside(fd):
                 why = f"is taken by {ports.owner(port)}"
         served.close()
-        raise Busy(f"proxy port {port} {why} (network namespace {served.identity[1]})") from error
+        where, remedy = f"network namespace {served.identity[1]}", "end it, or change Agent.spec.proxy.listen"
+        raise Busy(f"proxy port {port} {why} ({where}): {remedy}") from error
     except MeshError:
         served.close()
         raise

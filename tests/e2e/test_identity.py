@@ -65,8 +65,9 @@ def test_a_strangers_listener_on_the_proxy_port_is_named_and_nothing_is_changed(
         done = machine.run_to_end()
     assert done.returncode == 1
     assert f"port {machine.proxy_port} is taken by process {os.getpid()}" in done.stderr, done.stderr
+    assert done.stderr.rstrip().endswith("change Agent.spec.proxy.listen")
     assert "Traceback" not in done.stderr
-    assert not machine.instance.pins.exists()
+    assert not machine.instance.pins.exists() and not machine.instance.run.exists()
 
 
 def test_a_strangers_listener_in_another_namespace_costs_the_mesh_only_there(machine: Machine) -> None:
@@ -98,7 +99,9 @@ def test_an_instance_has_one_agent(machine: Machine) -> None:
             "--instance", machine.instance.name,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, ""), done
-        assert done.stderr == f"meshbpf: instance {machine.instance.name} is in use by process {agent.pid}\n"
+        first, remedy = done.stderr.splitlines()
+        assert first == f"meshbpf: instance {machine.instance.name} is in use by process {agent.pid}"
+        assert remedy.startswith("  remedy: change its configuration")
     assert machine.curl(URL)["endpoint"] == "a"
 
 

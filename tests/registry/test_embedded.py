@@ -132,7 +132,7 @@ async def test_listeners_that_are_refused(tmp_path: Path) -> None:
     first = make(tmp_path, listen="127.0.0.1:0")
     await first.start()
     assert first.address is not None
-    with pytest.raises(Busy, match="taken"):
+    with pytest.raises(Busy, match=r"\(Agent.spec.registries\[\].embedded.listen\): the port is taken"):
         await make(tmp_path, listen=f"127.0.0.1:{first.address[1]}", store=str(tmp_path / "other.db")).start()
     await first.close()
 

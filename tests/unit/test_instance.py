@@ -70,7 +70,7 @@ def test_one_at_a_time_and_the_owner_is_named() -> None:
     assert not made.run.exists(), "asking makes nothing"
     with made.lock():
         assert owner(made) == os.getpid()
-        with pytest.raises(Busy, match=f"instance a is in use by process {os.getpid()}"):
+        with pytest.raises(Busy, match=rf"instance a is in use by process {os.getpid()}\n  remedy: change"):
             made.lock()
         with Instance("b").lock():
             pass
