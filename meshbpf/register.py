@@ -2,7 +2,8 @@
 
 Order. With a command the instance goes in after its check passes, and out *before* the command is told to stop: on
 SIGTERM, SIGINT or SIGHUP it is deregistered, callers get `SETTLE` to learn of it, then the signal is forwarded. The
-command runs in a session of its own, otherwise Ctrl-C would reach it first. Its exit code is ours (128+N for signal N).
+command runs in a session of its own, otherwise Ctrl-C would reach it first. Its exit code is ours (128+N for signal N); 1
+when it ends, and well, before it was ever ready.
 
 A program that starts is waited for: only after `PATIENCE` checks is it said what is wrong with it. Later on, a check
 that fails `FAILURES` times in a row takes the instance out; one success puts it in again. An agent that is away
@@ -24,7 +25,7 @@ from typing import Any
 from meshbpf import checks
 from meshbpf.errors import CannotRun, MeshError, NotFound
 from meshbpf.registration import Registration
-from meshbpf.registry.client import RegistryAway, RegistryClient, RegistryRefused
+from meshbpf.registry.client import RegistryAway, RegistryClient, RegistryRefused, RegistryUnreached
 from meshbpf.schema import addresses
 from meshbpf.tasks import spawn
 
@@ -71,6 +72,7 @@ class Keeper:
         self._upkeep = Upkeep()
         self._maybe_in = False  # a PUT was sent; whether it arrived may be unknown when we are cancelled
         self._ever_in = False
+        self.was_ready = False  # the check has passed, whatever came of it
         self._trouble = ""
         self._waited_for = ""
         self._backoff = BACKOFF_FIRST
@@ -102,6 +104,7 @@ class Keeper:
     async def _step(self) -> float:
         """Check once, act once; how long to pause."""
         why = await self._check()
+        self.was_ready = self.was_ready or not why
         action = self._upkeep.after_check(not why)
         if why and not self._upkeep.registered:
             self._wait_for(why)
@@ -155,8 +158,12 @@ class Keeper:
                 self._say(f"{self._name} taken out after {FAILURES} failed checks: {why}")
 
     async def _put(self) -> None:
-        self._maybe_in = True
-        await self._client.put(self._wanted.service, self._wanted.id, self._wanted.body)
+        earlier, self._maybe_in = self._maybe_in, True
+        try:
+            await self._client.put(self._wanted.service, self._wanted.id, self._wanted.body)
+        except (RegistryUnreached, RegistryRefused):
+            self._maybe_in = earlier  # this one gave no lease
+            raise
         self._upkeep.registered = self._ever_in = True
         self._waited_for = ""
         self._say(f"{self._name} registered")
@@ -242,8 +249,10 @@ async def _beside_command(
     ended = spawn(process.wait(), "command")
     keeping, stop = spawn(_kept(keeper, say), "register"), spawn(signals.get(), "signal")
     await asyncio.wait([ended, keeping, stop], return_when=asyncio.FIRST_COMPLETED)
-    refused = keeping.done()
+    refused, too_early = keeping.done(), ended.done() and not keeper.was_ready
     await _cancelled(keeping)
+    if too_early:
+        say(f"{command[0]} ended before it was ready")
     # A port that is closed already needs no pause; a command that still serves does.
     if await keeper.leave() and not ended.done():
         await asyncio.wait([ended], timeout=SETTLE)
@@ -256,7 +265,7 @@ async def _beside_command(
         await asyncio.wait([ended, stop], return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     code = ended.result()
-    return 1 if refused else code if code >= 0 else 128 - code
+    return 1 if refused or (too_early and not code) else code if code >= 0 else 128 - code
 
 
 async def _kept(keeper: Keeper, say: Say) -> None:

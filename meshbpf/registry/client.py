@@ -30,6 +30,10 @@ class RegistryAway(MeshError):
     """Nobody answers: the agent is stopped, restarting, or its socket is not ours to open."""
 
 
+class RegistryUnreached(RegistryAway):
+    """There was no connection: what was asked cannot have been heard."""
+
+
 class RegistryRefused(MeshError):
     """The registry understood and said no. `field` is what it objects to; `passing` whether time may heal it."""
 
@@ -123,7 +127,7 @@ class RegistryClient:
                 status = response.status
                 text = await self._body(response)
         except aiohttp.ConnectionTimeoutError as error:
-            raise RegistryAway(
+            raise RegistryUnreached(
                 f"cannot reach the registry at {self.where}: no connection within {CONNECT_TIMEOUT:g} s"
             ) from error
         except TimeoutError as error:
@@ -131,7 +135,8 @@ class RegistryClient:
                 f"the registry at {self.where} did not answer in {self._timeout + longer:g} s"
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise RegistryAway(f"cannot reach the registry at {self.where}: {_why(error)}") from error
+            away = RegistryUnreached if isinstance(error, aiohttp.ClientConnectorError) else RegistryAway
+            raise away(f"cannot reach the registry at {self.where}: {_why(error)}") from error
         answer = _object(text) if len(text) < LARGE else await asyncio.to_thread(_object, text)
         if 200 <= status < 300 or (status == 404 and missing_is_fine and "error" in answer):
             return status, answer

@@ -191,6 +191,26 @@ async def test_a_command_that_is_killed_gives_128_and_the_signal(scene: Scene) -
     assert await process.wait() == 137
 
 
+@pytest.mark.parametrize(("code", "ours"), [(0, 1), (3, 3)])
+async def test_a_command_that_ends_before_it_was_ready(scene: Scene, code: int, ours: int) -> None:
+    process = await scene.register("sh", "-c", f"exit {code}")
+    assert await process.wait() == ours
+    assert "sh ended before it was ready" in await said(process)
+
+
+async def test_what_never_had_a_lease_has_none_that_ends(tmp_path: Path) -> None:
+    wanted = registration.registration("orders", ["8081"])
+    heard: list[str] = []
+    async with RegistryClient(unix=tmp_path / "agent.sock") as client:
+        keeper = register.Keeper(client, wanted, heard.append)
+        keeping = asyncio.ensure_future(keeper.run())
+        while not heard:
+            await asyncio.sleep(0)
+        keeping.cancel()
+        assert not await keeper.leave()
+    assert [line for line in heard if "its lease" in line] == [] and "no agent listens" in heard[-1]
+
+
 async def test_three_failed_checks_take_it_out_and_one_success_puts_it_in(scene: Scene) -> None:
     process = await scene.register(*scene.server, check="http:/healthz")
     await hear(process, " registered\n")
