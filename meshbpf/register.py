@@ -2,8 +2,8 @@
 
 Order. With a command the instance goes in after its check passes, and out *before* the command is told to stop: on
 SIGTERM, SIGINT or SIGHUP it is deregistered, callers get `SETTLE` to learn of it, then the signal is forwarded. The
-command runs in a session of its own, otherwise Ctrl-C would reach it first. Its exit code is ours (128+N for signal N); 1
-when it ends, and well, before it was ever ready.
+command runs in a session of its own, otherwise Ctrl-C would reach it first. Its exit code is ours (128+N for signal N),
+but 1 when it ends, and well, before it was ever ready.
 
 A program that starts is waited for: only after `PATIENCE` checks is it said what is wrong with it. Later on, a check
 that fails `FAILURES` times in a row takes the instance out; one success puts it in again. An agent that is away

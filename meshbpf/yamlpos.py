@@ -112,7 +112,9 @@ def read(file: str, text: str, first_line: int = 1) -> Text:
         context = f" {error.context}" if error.context else ""
         if error.context_mark and mark and error.context_mark.line != mark.line:
             context += f" that begins at line {error.context_mark.line + 1}"  # an unclosed bracket fails far below
-        result.faults.append(Fault(at, f"not YAML: {error.problem}{context}"))
+        tab = mark is not None and _is_tab(text, mark.line, mark.column)
+        why = "a tab stands here, and YAML indents with spaces: write spaces" if tab else f"{error.problem}{context}"
+        result.faults.append(Fault(at, f"not YAML: {why}"))
     return result
 
 
@@ -260,6 +262,11 @@ def _inside(file: str, text: str, line: int, column: int) -> Mark:
     if line >= len(lines) > 0:
         return Mark(file, len(lines), len(lines[-1]) + 1)
     return Mark(file, line + 1, column + 1)
+
+
+def _is_tab(text: str, line: int, column: int) -> bool:
+    lines = text.splitlines()
+    return line < len(lines) and lines[line][column : column + 1] == "\t"
 
 
 def _unreadable(file: str, text: str) -> Mark:

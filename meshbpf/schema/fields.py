@@ -206,23 +206,23 @@ class Fields:
         for index, (item, at) in enumerate(zip(value, value.at, strict=True)):
             yield f"{self.name(key)}[{index}]", item, at
 
-    def mappings(self, key: str) -> Iterator[Fields]:
+    def mappings(self, key: str, expected: str = "a mapping") -> Iterator[Fields]:
         """Every item of a list of mappings."""
         for path, item, at in self.items(key):
             if not isinstance(item, Map):
-                self.report.add(at, f"{path} must be a mapping, got {shown(item)}")
+                self.report.add(at, f"{path} must be {expected}, got {shown(item)}")
                 continue
             child = Fields(self._kind, path, item, at, self.report)
             self._children.append(child)
             yield child
 
-    def pairs(self, key: str) -> Iterator[tuple[str, Any, Mark, Mark]]:
+    def pairs(self, key: str, expected: str = "a mapping") -> Iterator[tuple[str, Any, Mark, Mark]]:
         """(key, value, place of the key, place of the value) of a mapping whose keys the user chooses."""
         value = self.value(key)
         if value is None:
             return
         if not isinstance(value, Map):
-            self.wrong(key, "a mapping")
+            self.wrong(key, expected)
             return
         for name, item in value.items():
             yield name, item, value.keys_at[name], value.at[name]

@@ -118,7 +118,8 @@ def _endpoints(spec: Fields, ports: tuple[Port, ...]) -> tuple[EndpointDocument,
     seen: dict[tuple[str, str, int], Mark] = {}
     strange: dict[str, list[tuple[str, Mark]]] = {}
     found = []
-    for item in spec.mappings("endpoints"):
+    form = f"a mapping, for example {{address: 127.0.0.1, ports: {_ports_example(known)}}}"
+    for item in spec.mappings("endpoints", form):
         address = None
         if item.required("address", "the endpoint's IP address"):
             address = _address(item.name("address"), item.value("address"), item.where("address"), item)
@@ -141,17 +142,21 @@ def _endpoints(spec: Fields, ports: tuple[Port, ...]) -> tuple[EndpointDocument,
     return tuple(found)
 
 
+def _ports_example(known: list[str]) -> str:
+    return f"{{{known[0] if known else 'http'}: 8080}}"
+
+
 def _endpoint_ports(
     item: Fields, known: list[str], strange: dict[str, list[tuple[str, Mark]]]
 ) -> tuple[Mapping[str, int], dict[str, Mark]]:
     """`strange` gathers the names that are no port of the service: a port misspelt there is misspelt to all of them."""
     numbers: dict[str, int] = {}
     places: dict[str, Mark] = {}
-    example = f"{{{known[0] if known else 'http'}: 8080}}"
-    item.required("ports", f"a mapping from port name to number, for example {example}")
+    form = f"a mapping from port name to number, for example {_ports_example(known)}"
+    item.required("ports", form)
     if item.value("ports") == {}:
-        item.wrong("ports", f"a mapping from port name to number, for example {example}")
-    for name, value, key_at, at in item.pairs("ports"):
+        item.wrong("ports", form)
+    for name, value, key_at, at in item.pairs("ports", form):
         path = f"{item.name('ports')}.{name}"
         # Without any good port of the service there is nothing to compare with, and its own error says enough.
         if known and name not in known:

@@ -460,6 +460,12 @@ PORTS = "ports: [{name: http, port: 80}]"
         (service(f"{{{PORTS}, addresses: [224.0.0.1]}}"),
          "4:53: spec.addresses[0] 224.0.0.1 is a multicast address: use an address that a host can have"),
         (service(f"{{{PORTS}, endpoints: {{}}}}"), "4:52: spec.endpoints must be a list, got a mapping"),
+        (service(f"{{{PORTS}, endpoints: [127.0.0.1:8081]}}"),
+         "4:53: spec.endpoints[0] must be a mapping, for example {address: 127.0.0.1, ports: {http: 8080}}, got "
+         '"127.0.0.1:8081"'),
+        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: 8081}}]}}"),
+         "4:80: spec.endpoints[0].ports must be a mapping from port name to number, for example {http: 8080}, got "
+         "8081"),
         (service(f"{{{PORTS}, endpoints: [{{ports: {{http: 1}}}}]}}"),
          "4:53: spec.endpoints[0].address is missing: it must be the endpoint's IP address"),
         (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1}}]}}"),

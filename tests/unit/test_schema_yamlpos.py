@@ -51,7 +51,7 @@ def test_text_without_content(text: str) -> None:
     ("text", "expected"),
     [
         ("a: b: c", "1:5: not YAML: mapping values are not allowed in this context"),
-        ("a:\n\tb: 1", "2:1: not YAML: found character that cannot start any token while scanning for the next token"),
+        ("a:\n\tb: 1", "2:1: not YAML: a tab stands here, and YAML indents with spaces: write spaces"),
         ("b: {c: 1\n",
          "1:9: not YAML: did not find expected ',' or '}' while parsing a flow mapping that begins at line 1"),
         ("'b\n\n",
@@ -65,6 +65,7 @@ def test_text_without_content(text: str) -> None:
         ("a: !Ref {b: 1}", "1:4: the tag !Ref is not supported: remove it"),
         ("a: *x", "1:4: unknown alias *x: no &x before it"),
         ("a: &x 1\n---\nb: *x", "3:4: unknown alias *x: no &x before it"),
+        ("a:\n- b\n\t  c: d", "3:1: not YAML: a tab stands here, and YAML indents with spaces: write spaces"),
         ("a: &x [*x]", "1:8: *x is inside its own anchor"),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", "3:3: merge keys (<<) are not supported: write the fields out"),
     ],
