@@ -82,7 +82,7 @@ def text(found: Sequence[Finding], screen: Screen) -> str:
         lines += [*([""] if lines else []), screen.paint(category.upper(), layout.BOLD)]
         for row in rows:
             says = [row.detail or "-"] + ([f"remedy: {row.remedy}"] if row.result is not Result.OK else [])
-            first, *more = [line for part in says for line in layout.wrap(layout.printable(part), room)]
+            first, *more = [line for part in says for line in layout.lines_of(part, room)]
             result = screen.mood(row.result.value) + " " * (RESULT - len(row.result.value))
             lines.append(f"{MARGIN}{result}{row.id.ljust(wide + layout.GAP)}{first}")
             lines += [indent + line for line in more]

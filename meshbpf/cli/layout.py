@@ -73,12 +73,12 @@ def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], screen: 
 
 def facts(rows: Iterable[tuple[str, str]], screen: Screen) -> str:
     """What is said of each head; lines that go on begin where the first one does."""
-    rows = [(head, printable(text)) for head, text in rows]
+    rows = list(rows)
     indent = max((len(head) for head, _text in rows), default=0) + GAP
     room = None if screen.width is None else max(screen.width - indent, LEAST)
     lines = []
     for head, text in rows:
-        first, *more = wrap(text, room)
+        first, *more = lines_of(text, room)
         lines.append(f"{screen.mood(head)}{' ' * (indent - len(head))}{first}")
         lines += [" " * indent + line for line in more]
     return "\n".join(lines)
@@ -110,6 +110,11 @@ def age(seconds: float) -> str:
 def printable(text: str) -> str:
     """What programs or cgroups are called must not steer anybody's terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def lines_of(text: str, width: int | None) -> list[str]:
+    """What may be several lines, such as the faults of a file: each of them printable, and wrapped."""
+    return [line for part in text.split("\n") for line in wrap(printable(part), width)]
 
 
 def wrap(text: str, width: int | None) -> list[str]:

@@ -287,7 +287,7 @@ class Agent:
         """Until SIGTERM or SIGINT, then drain."""
         await self._stop.wait()
         drain = self.following.mesh.agent.proxy.drain
-        log.info("draining seconds=%.1f", drain)
+        log.info("draining bound_seconds=%.1f", drain)
         self.plane.set_agent(0, self._exempt)  # from here on no connection is led to the proxy
         await self.supervisor.drain(drain)
         # Who ends `run` by Ctrl-C may believe that the mesh is gone with it.

@@ -183,7 +183,7 @@ class Worker:
             self._say({"type": "deaf"})
             if self._serving is not None:
                 ended, cut = await self._serving.drain(seconds)
-                log.info("drained pid=%d ended=%d cut=%d seconds=%.1f", os.getpid(), ended, cut, seconds)
+                log.info("drained pid=%d ended=%d cut=%d bound_seconds=%.1f", os.getpid(), ended, cut, seconds)
         finally:
             self._done.set()
 

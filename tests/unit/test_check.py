@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from meshbpf.cli import around, findings
+from meshbpf.cli import around, check, findings, layout
 from meshbpf.cli.around import ForeignProgram, Neighbours
 from meshbpf.cli.facts import CgroupFacts, InstanceFacts, MachineFacts, SelfTestRow
 from meshbpf.cli.findings import Finding, Result
+from meshbpf.cli.layout import Screen
 
 GOOD = MachineFacts(
     release="6.1.0-18-amd64", btf=True, cgroup2="/sys/fs/cgroup", bpffs=True, missing_capabilities=(),
@@ -154,3 +155,13 @@ def test_programs_above_and_below_what_is_led_are_neighbours(led: list[str], mee
     tree = [{"cgroup": "/a/b", "programs": [{"id": 31, "attach_type": "connect4", "name": "other"}]}]
     found = around.others([], [], tree, led)
     assert (len(found.hooks), found.elsewhere) == ((1, 0) if meets else (0, 1))
+
+
+def test_each_fault_of_a_file_is_a_line() -> None:
+    error = "/etc/mesh.yaml:3:1: unknown kind\n/etc/mesh.yaml:9:1: \x1b[2J"
+    found = findings.instance(replace(LIVING, agent={**AGENT, "sources": [{"name": "files", "error": error}]}))
+    lines = [line.strip() for line in check.text(found, Screen()).splitlines()]
+    at = next(n for n, line in enumerate(lines) if line.endswith("/etc/mesh.yaml:3:1: unknown kind"))
+    assert lines[at + 1] == r"/etc/mesh.yaml:9:1: \x1b[2J" and lines[at + 2].startswith("remedy: ")
+    fact = layout.facts([("ERROR", error)], Screen())
+    assert fact.splitlines() == ["ERROR  /etc/mesh.yaml:3:1: unknown kind", r"       /etc/mesh.yaml:9:1: \x1b[2J"]
