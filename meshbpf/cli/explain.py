@@ -141,7 +141,7 @@ def _port(plane: Dataplane, mesh: Mesh, service: Service, port: Port) -> Steps:
 def _without_endpoint(port: Port, through_proxy: bool) -> str:
     """The verdict on a call while no endpoint takes any: the reason that is counted, and what the caller sees."""
     if not through_proxy:
-        reason, sees = Reason.NO_ENDPOINT, "the caller gets an error from connect()"
+        reason, sees = Reason.NO_ENDPOINT, "the caller gets an error"
     elif port.protocol is Protocol.HTTP:
         reason, sees = Reason.NO_HEALTHY_UPSTREAM, "the proxy answers 503"
     else:
