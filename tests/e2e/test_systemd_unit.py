@@ -126,7 +126,8 @@ def test_a_killed_agent_is_restarted_and_its_workers_bridge_the_gap(booted: Boot
         result = load.stop()
         print(name, result)
         assert not result["failed"] and not result["failed_kept"], (name, result)
-    assert verdicts(booted).keys() == {"proxy", "direct"}, "governed ports were not governed all the time"
+    led = verdicts(booted).keys() - {"place_taken"}  # speed, not where to
+    assert led == {"proxy", "direct"}, "governed ports were not governed all the time"
 
 
 def test_a_bad_configuration_is_not_tried_for_ever(booted: Booted) -> None:
