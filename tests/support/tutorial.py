@@ -72,7 +72,8 @@ class Shell:
         self._cgroup = self._top / f"mt-tutorial-{os.getpid()}"
         self._cgroup.mkdir()
         # Nor anything of a `make test` that we may run below: the page's make would speak as its child.
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MESHBPF_", "MAKE", "MFLAGS"))}
+        others = ("MESHBPF_", "MAKE", "MFLAGS")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         self._errors = (folder / "stderr").open("wb+")
         self._process = subprocess.Popen(
             ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec unshare --net bash --norc', str(self._cgroup)],
