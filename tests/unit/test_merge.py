@@ -164,7 +164,7 @@ def test_udp_and_tcp_have_their_own_port_numbers() -> None:
 
 def test_a_udp_port_of_a_registry_is_not_carried_past_a_policy_that_wants_the_proxy() -> None:
     """In files it is refused. One message for the port, not one for every endpoint."""
-    both = Service("dns", endpoints=(endpoint("10.0.0.1", udp=53, tcp=53), endpoint("10.0.0.2", udp=53)))
+    both = Service("dns", endpoints=(endpoint("192.0.2.1", udp=53, tcp=53), endpoint("192.0.2.2", udp=53)))
     governed = Snapshot(policies=(ServicePolicy("p", service="dns", mode=Mode.PROXY),))
     merger = Merger()
     for files in (governed, Snapshot(), governed):
@@ -173,7 +173,7 @@ def test_a_udp_port_of_a_registry_is_not_carried_past_a_policy_that_wants_the_pr
         found = only(merged.mesh)
         if files is governed:
             assert found.ports == (Port("tcp", 53, Protocol.TCP),)
-            assert [(e.address, dict(e.ports)) for e in found.endpoints] == [("10.0.0.1", {"tcp": 53})]
+            assert [(e.address, dict(e.ports)) for e in found.endpoints] == [("192.0.2.1", {"tcp": 53})]
             (problem,) = merged.problems
             assert (problem.service, problem.what) == ("dns", "port udp")
             assert problem.why.endswith("the service's policy has mode proxy: leave mode out")
@@ -185,7 +185,7 @@ def test_a_udp_port_of_a_registry_is_not_carried_past_a_policy_that_wants_the_pr
 def test_an_http_port_of_a_registry_is_not_carried_past_a_policy_that_chooses_by_client() -> None:
     """In files it is refused; no proxy chooses by client."""
     hashed = LoadBalancer(consistent_hash=ConsistentHash(use_source_ip=True))
-    both = Service("web", endpoints=(endpoint("10.0.0.1", http=80, tcp=81),))
+    both = Service("web", endpoints=(endpoint("192.0.2.1", http=80, tcp=81),))
     merger = Merger()
     for mode, expected in ((Mode.AUTO, ["tcp"]), (Mode.DIRECT, ["http", "tcp"]), (Mode.PROXY, [])):
         files = Snapshot(policies=(ServicePolicy("p", service="web", mode=mode, load_balancer=hashed),))

@@ -394,8 +394,8 @@ def test_a_refusal_names_the_place_and_the_remedy(text: str, expected: str) -> N
         (agent("{registries: {embedded: {}}}"), "3:20: spec.registries must be a list, got a mapping"),
         (agent("{registries: [embedded]}"), '3:21: spec.registries[0] must be a mapping, got "embedded"'),
         (agent("{registries: [{}]}"), "3:21: spec.registries[0] must name one registry, for example embedded: {}"),
-        (agent("{registries: [{embedded: {listen: '10.0.0.1:15010'}}]}"),
-         "3:41: spec.registries[0].embedded.listen 10.0.0.1:15010 is not loopback: set tokenFile, or listen on "
+        (agent("{registries: [{embedded: {listen: '192.0.2.1:15010'}}]}"),
+         "3:41: spec.registries[0].embedded.listen 192.0.2.1:15010 is not loopback: set tokenFile, or listen on "
          "127.0.0.1"),
         (agent("{registries: [{embedded: {allowLoopback: 1}}]}"),
          "3:48: spec.registries[0].embedded.allowLoopback must be true or false, got 1"),
@@ -448,8 +448,8 @@ PORTS = "ports: [{name: http, port: 80}]"
          '4:53: spec.addresses[0] must be an IPv4 or IPv6 address (names are not resolved), got "127.96.0.999"'),
         (service(f"{{{PORTS}, addresses: [80]}}"),
          "4:53: spec.addresses[0] must be an IPv4 or IPv6 address (names are not resolved), got 80"),
-        (service(f"{{{PORTS}, addresses: ['::ffff:10.0.0.1']}}"),
-         '4:53: spec.addresses[0] must be written as IPv4: 10.0.0.1, got "::ffff:10.0.0.1"'),
+        (service(f"{{{PORTS}, addresses: ['::ffff:192.0.2.1']}}"),
+         '4:53: spec.addresses[0] must be written as IPv4: 192.0.2.1, got "::ffff:192.0.2.1"'),
         (service(f"{{{PORTS}, addresses: ['fe80::1%eth0']}}"),
          '4:53: spec.addresses[0] must be an address without zone, got "fe80::1%eth0"'),
         (service(f"{{{PORTS}, addresses: ['fd00::1', 'fd00:0::1']}}"),
@@ -463,28 +463,28 @@ PORTS = "ports: [{name: http, port: 80}]"
         (service(f"{{{PORTS}, endpoints: [127.0.0.1:8081]}}"),
          "4:53: spec.endpoints[0] must be a mapping, for example {address: 127.0.0.1, ports: {http: 8080}}, got "
          '"127.0.0.1:8081"'),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: 8081}}]}}"),
-         "4:80: spec.endpoints[0].ports must be a mapping from port name to number, for example {http: 8080}, got "
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: 8081}}]}}"),
+         "4:81: spec.endpoints[0].ports must be a mapping from port name to number, for example {http: 8080}, got "
          "8081"),
         (service(f"{{{PORTS}, endpoints: [{{ports: {{http: 1}}}}]}}"),
          "4:53: spec.endpoints[0].address is missing: it must be the endpoint's IP address"),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1}}]}}"),
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1}}]}}"),
          "4:53: spec.endpoints[0].ports is missing: it must be a mapping from port name to number, for example "
          "{http: 8080}"),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{}}}}]}}"),
-         "4:80: spec.endpoints[0].ports must be a mapping from port name to number, for example {http: 8080}, got a "
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{}}}}]}}"),
+         "4:81: spec.endpoints[0].ports must be a mapping from port name to number, for example {http: 8080}, got a "
          "mapping"),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{htpp: 8080}}}}]}}"),
-         '4:81: spec.endpoints[0].ports.htpp is not a port of the service: did you mean "http"?'),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{http: 0}}}}]}}"),
-         "4:87: spec.endpoints[0].ports.http must be a port number from 1 to 65535, got 0"),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{http: 1}}, weight: 10001}}]}}"),
-         "4:99: spec.endpoints[0].weight must be a whole number from 0 to 10000, got 10001"),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{http: 1}}, wieght: 1}}]}}"),
-         '4:91: unknown field "wieght" in spec.endpoints[0]: did you mean "weight"?'),
-        (service(f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{http: 1}}}}, "
-                 "{address: 10.0.0.1, ports: {http: 1}}]}"),
-         "4:126: 10.0.0.1:1 is listed twice for port http, first at f:4:87: raise the weight of one instead"),
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{htpp: 8080}}}}]}}"),
+         '4:82: spec.endpoints[0].ports.htpp is not a port of the service: did you mean "http"?'),
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{http: 0}}}}]}}"),
+         "4:88: spec.endpoints[0].ports.http must be a port number from 1 to 65535, got 0"),
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{http: 1}}, weight: 10001}}]}}"),
+         "4:100: spec.endpoints[0].weight must be a whole number from 0 to 10000, got 10001"),
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{http: 1}}, wieght: 1}}]}}"),
+         '4:92: unknown field "wieght" in spec.endpoints[0]: did you mean "weight"?'),
+        (service(f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{http: 1}}}}, "
+                 "{address: 192.0.2.1, ports: {http: 1}}]}"),
+         "4:128: 192.0.2.1:1 is listed twice for port http, first at f:4:88: raise the weight of one instead"),
         (policy("{}"), "9:7: spec.service is missing: it must be the name of the governed service"),
         (policy("{service: orders, onProxyDown: ignore}"),
          '9:38: spec.onProxyDown must be one of direct, refuse, got "ignore"'),
@@ -502,7 +502,7 @@ def test_faults_of_services_and_policies(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize("weight", [0, 10_000])
 def test_weights_at_the_edges(weight: int) -> None:
-    spec = f"{{{PORTS}, endpoints: [{{address: 10.0.0.1, ports: {{http: 1}}, weight: {weight}}}]}}"
+    spec = f"{{{PORTS}, endpoints: [{{address: 192.0.2.1, ports: {{http: 1}}, weight: {weight}}}]}}"
     assert parse([("f", service(spec))]).services[0].endpoints[0].weight == weight
 
 

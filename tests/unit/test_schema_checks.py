@@ -90,16 +90,16 @@ def found(*texts: str) -> list[str]:
         ([agent("{proxy: {listen: '127.0.0.1:25001'}}"),
           service("a", "endpoints: [{address: '::1', ports: {http: 25001}}]")],
          ["b:6:46: endpoint [::1]:25001 is Agent.spec.proxy.listen: an endpoint must be a server of yours"]),
-        ([agent("{registries: [{embedded: {listen: '10.0.0.1:7000', tokenFile: t}}]}"),
-          service("a", "endpoints: [{address: 10.0.0.1, ports: {http: 7000}}]")],
-         ["b:6:49: endpoint 10.0.0.1:7000 is Agent.spec.registries.embedded.listen: an endpoint must be a server of "
+        ([agent("{registries: [{embedded: {listen: '192.0.2.1:7000', tokenFile: t}}]}"),
+          service("a", "endpoints: [{address: 192.0.2.1, ports: {http: 7000}}]")],
+         ["b:6:50: endpoint 192.0.2.1:7000 is Agent.spec.registries.embedded.listen: an endpoint must be a server of "
           "yours"]),
         *[
             ([service("a", f"endpoints: [{{address: 127.9.9.9, ports: {{http: {own}}}}}]")],
              [f"a:6:50: endpoint 127.9.9.9:{own} is a port of meshbpf: an endpoint must be a server of yours"])
             for own in (15001, 15006, 15010, 15020)
         ],
-        ([service("a", "endpoints: [{address: 10.0.0.1, ports: {http: 15001}}]")], []),
+        ([service("a", "endpoints: [{address: 192.0.2.1, ports: {http: 15001}}]")], []),
         # policies
         ([policy("p", "orders")],
          ["a:5:12: no service orders in namespace default: define it, or configure a registry that knows it"]),

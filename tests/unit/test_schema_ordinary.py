@@ -34,7 +34,7 @@ def mapping(needed: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrate
 
 names = rarely_odd(st.sampled_from(["main", "more", "a-1"]))
 called = rarely_odd(st.sampled_from(["127.96.0.1", "127.96.0.2", "fd00::1", "FD00::2"]), [*ODD, *BAD])
-hosts = rarely_odd(st.sampled_from(["10.1.2.3", "127.0.0.1", "10.9.8.7", "fd00::3", "FD00::4"]), [*ODD, *BAD])
+hosts = rarely_odd(st.sampled_from(["192.0.2.3", "127.0.0.1", "198.51.100.7", "fd00::3", "FD00::4"]), [*ODD, *BAD])
 numbers = rarely_odd(st.sampled_from([80, 81, 8080, 65535]), [*ODD, 15001])
 texts = rarely_odd(st.sampled_from(["a", "zone b", "v1"]), [*ODD, "<<"])
 labels = rarely_odd(st.dictionaries(rarely_odd(st.sampled_from(["team", "b"]), ["<<"]), texts, max_size=2))
@@ -165,7 +165,7 @@ def test_most_addresses_are_ordinary() -> None:
         "169.254.1.1",
         "224.0.0.1",
         "255.255.255.255",
-        "10.1.2.03",
+        "192.0.2.03",
         "fd00::1",
     }:
         assert not addresses.ordinary(text)

@@ -17,7 +17,7 @@ spec:
   addresses: [127.96.0.{number}]
   ports: [{{name: main, port: 80}}]
   endpoints:
-    - {{address: 10.0.0.1, ports: {{main: {port}}}}}
+    - {{address: 192.0.2.1, ports: {{main: {port}}}}}
 """
 
 
@@ -102,7 +102,7 @@ def test_a_fault_forgets_nothing() -> None:
 def test_aliases_may_not_repeat_more_in_many_pieces_than_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def aliased(name: str) -> str:
         return service(name).replace(f"{{name: {name}}}", f"{{name: {name}, labels: &l {{a: b, c: d}}}}").replace(
-            "{address: 10.0.0.1,", "{address: 10.0.0.1, labels: *l,"
+            "{address: 192.0.2.1,", "{address: 192.0.2.1, labels: *l,"
         )  # fmt: skip
 
     known: Known = {}
