@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Sidecar(Envoy):
         ]  # fmt: skip
 
 
-class Intercepted:
+class Intercepted(ABC):
     """Endpoints and an Envoy in a namespace, which a subclass leads the client's calls to."""
 
     name: str
@@ -92,9 +93,9 @@ class Intercepted:
             self.access_log = envoy.access_log
         self.intercept(int(envoy.address.partition(":")[2]))
 
+    @abstractmethod
     def intercept(self, port: int) -> None:
         """Have calls to `address` come to this port of 127.0.0.1."""
-        raise NotImplementedError
 
     def evidence(self) -> dict[str, Any]:
         return {}

@@ -9,6 +9,7 @@ is on: no TLS, no compression, no health checks, no statistics page. No limit of
 from __future__ import annotations
 
 import subprocess
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bench.backend import SMALL, wait_for
 from bench.machine import free_ports, program, spawn, stop
 
 
-class Peer:
+class Peer(ABC):
     """A proxy in one process; the client calls its listener directly, so no interception is charged to it."""
 
     name: str
@@ -29,9 +30,9 @@ class Peer:
         self.child: subprocess.Popen[str] | None = None
         self.address = ""
 
+    @abstractmethod
     def command(self, listen: int) -> list[str]:
         """Write the configuration; what starts it. Raises RuntimeError with the remedy where it is not installed."""
-        raise NotImplementedError
 
     def start(self) -> None:
         (listen,) = free_ports(1, 18200)

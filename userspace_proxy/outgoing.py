@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from abc import ABC, abstractmethod
 from select import EPOLLIN, EPOLLOUT
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ HIGH = 64 * 1024  # asyncio's default
 HELD = 16 * 1024  # bytes of one connection that are held
 
 
-class Outgoing(asyncio.Transport):
+class Outgoing(asyncio.Transport, ABC):
     __slots__ = (
         "_closing", "_ending", "_fd", "_held", "_high", "_paused", "_peer", "_poller", "_protocol", "_reading", "_sock",
         "_unsent", "_unsent_size", "_watched", "holds",
@@ -43,9 +44,9 @@ class Outgoing(asyncio.Transport):
         self._ending = False  # FIN goes behind what is unsent
         self._closing = False
 
+    @abstractmethod
     def ready(self, mask: int) -> None:
         """epoll: something can be done."""
-        raise NotImplementedError
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._closing or self._ending:
