@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from operator import is_
 from types import MappingProxyType
 from typing import NamedTuple
 
 from meshbpf.carrier import lack
 from meshbpf.model import DEFAULT_POLICY, Agent, Endpoint, Mesh, Port, Protocol, Service, ServicePolicy
-from meshbpf.registry import pool
 from meshbpf.registry.base import Snapshot
+from meshbpf.registry.claims import (
+    Draft,
+    Problem,
+    Taken,
+    give_addresses,
+    keep_addresses,
+    refused_address,
+    refused_port,
+    taken_by,
+)
 from meshbpf.registry.instance import IPNetwork, ServiceId
 from meshbpf.schema import addresses
-
-Taken = dict[tuple[str, str, int], str]  # (address, tcp or udp, port) → label of the service
-
-
-class Problem(NamedTuple):
-    """Something left out of the mesh: of which service, what (an address, a port or an endpoint), and why."""
-
-    service: str
-    what: str
-    why: str
 
 
 class Merged(NamedTuple):
@@ -47,18 +45,6 @@ class Wanted(NamedTuple):
     services: tuple[ServiceId, ...]
     pool: IPNetwork
     avoid: frozenset[str]
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A service while sources add to it. `rank` is the source that addresses it; `words` are what all sources say of
-    it, each with its rank. `uncarried` are ports that are left out because nobody does with them what `policy` says."""
-
-    service: Service
-    rank: int
-    words: list[tuple[int, Service]]
-    policy: ServicePolicy = DEFAULT_POLICY
-    uncarried: tuple[Port, ...] = ()
 
 
 def mesh(snapshots: Sequence[Snapshot], given: Mapping[ServiceId, str], generation: int = 0) -> Merged:
@@ -81,10 +67,10 @@ class Merger:
         self._spoken: list[dict[ServiceId, Service]] = []  # their services
         self._agent = Agent()
         self._suspect = addresses.suspect_ports(self._agent)
-        self._drafts: dict[ServiceId, _Draft] = {}  # before anybody's addresses are judged or given
+        self._drafts: dict[ServiceId, Draft] = {}  # before anybody's addresses are judged or given
         self._order: list[ServiceId] = []
         self._wanted: Wanted | None = None
-        self._kept: tuple[list[_Draft], list[Problem]] | None = None  # from `wanted` to `mesh`
+        self._kept: tuple[list[Draft], list[Problem]] | None = None  # from `wanted` to `mesh`
         # What was decided for all services together, with the given addresses that it was decided with (None: not yet).
         self._given: Mapping[ServiceId, str] | None = None
         self._merged: Mapping[ServiceId, str] = {}
@@ -140,7 +126,7 @@ class Merger:
         ]
         if sum(map(len, spoken)) != sum(len(snapshot.services) for snapshot in snapshots):
             return False  # a source that says something twice
-        drafts: dict[ServiceId, _Draft] = {}
+        drafts: dict[ServiceId, Draft] = {}
         for known, new in zip(self._spoken, spoken, strict=True):
             if known is new:
                 continue
@@ -167,7 +153,7 @@ class Merger:
         agent = _agent(snapshots)
         same = agent == self._agent and len(words) == len(self._drafts)
         same = same and [_setting(s) for s in snapshots] == [_setting(s) for s in self._snapshots]
-        drafts: dict[ServiceId, _Draft] = {}
+        drafts: dict[ServiceId, Draft] = {}
         governed = policies(snapshots)
         for identity, said in words.items():
             known = self._drafts.get(identity)
@@ -184,22 +170,22 @@ class Merger:
         self._agent, self._suspect, self._drafts = agent, addresses.suspect_ports(agent), drafts
         self._spoken = [{service.id: service for service in snapshot.services} for snapshot in snapshots]
 
-    def _keep(self) -> tuple[list[_Draft], list[Problem]]:
+    def _keep(self) -> tuple[list[Draft], list[Problem]]:
         """Copies of the drafts with the addresses that they may keep, and the others."""
         drafts = [dataclasses.replace(self._drafts[identity]) for identity in self._order]
         problems: list[Problem] = []
-        _keep_addresses(drafts, self._agent, problems)
+        keep_addresses(drafts, self._agent, problems)
         return drafts, problems
 
     def _address(self, given: Mapping[ServiceId, str]) -> None:
         """Who is called by which addresses."""
         self._finished = {}
         (drafts, self._problems), self._kept = self._kept or self._keep(), None
-        self._merged = _give_addresses(drafts, self._agent, given, self._problems)
+        self._merged = give_addresses(drafts, self._agent, given, self._problems)
         self._addresses = {draft.service.id: draft.service.addresses for draft in drafts}
-        self._taken, self._given = _taken(drafts), given
+        self._taken, self._given = taken_by(drafts), given
 
-    def _finish(self, draft: _Draft, called: tuple[str, ...], problems: list[Problem]) -> Service:
+    def _finish(self, draft: Draft, called: tuple[str, ...], problems: list[Problem]) -> Service:
         """The service with its endpoints: united, without repetitions, without what must not be called."""
         service = draft.service
         for port in draft.uncarried:
@@ -214,14 +200,14 @@ class Merger:
             source, allow_loopback = _setting(self._snapshots[rank])
             for endpoint in word.endpoints:
                 address = endpoint.address
-                if why := _refused_address(address, allow_loopback):
+                if why := refused_address(address, allow_loopback):
                     problems.append(Problem(service.label, address, why))
                     continue
                 ports: dict[str, int] = {}
                 for name, number in endpoint.ports.items():
                     # Most are in order; the rest is looked at more closely, to say why.
                     if (name not in layers or number in suspect or (address, layers[name], number) in taken) and (
-                        why := _refused_port(address, name, number, protocols, self._agent, taken)
+                        why := refused_port(address, name, number, protocols, self._agent, taken)
                     ):
                         if name not in uncarried:
                             problems.append(Problem(service.label, addresses.joined(address, number), why))
@@ -272,7 +258,7 @@ def _same_words(old: Sequence[tuple[int, Service]], new: Sequence[tuple[int, Ser
     return len(old) == len(new) and all(a[1] is b[1] and a[0] == b[0] for a, b in zip(old, new, strict=True))
 
 
-def _called(draft: _Draft) -> tuple[object, ...]:
+def _called(draft: Draft) -> tuple[object, ...]:
     """All of a service that others' endpoints and addresses are judged by."""
     return (draft.rank, draft.service.addresses, draft.service.ports)
 
@@ -281,7 +267,7 @@ def _carries_alike(left: ServicePolicy, right: ServicePolicy) -> bool:
     return (left.mode, left.load_balancer.by_client) == (right.mode, right.load_balancer.by_client)
 
 
-def _draft(words: list[tuple[int, Service]], policy: ServicePolicy) -> _Draft:
+def _draft(words: list[tuple[int, Service]], policy: ServicePolicy) -> Draft:
     """What one service is by the words of all sources that know it. In files `schema` has refused ports that nobody
     carries as their policy says."""
     rank, service = words[0]
@@ -294,7 +280,7 @@ def _draft(words: list[tuple[int, Service]], policy: ServicePolicy) -> _Draft:
     uncarried = tuple(port for port in service.ports if lack(port, policy))
     if uncarried:
         service = dataclasses.replace(service, ports=tuple(port for port in service.ports if port not in uncarried))
-    return _Draft(service, rank, words, policy, uncarried)
+    return Draft(service, rank, words, policy, uncarried)
 
 
 def _joined(first: Service, second: Service) -> Service:
@@ -322,89 +308,3 @@ def _instance_ports(words: Sequence[tuple[int, Service]]) -> tuple[Port, ...]:
                 found[name] = port
                 numbers.add(place)
     return tuple(found[name] for name in sorted(found))
-
-
-def _keep_addresses(drafts: Sequence[_Draft], agent: Agent, problems: list[Problem]) -> None:
-    """Leave out an address that a service cannot have. Earlier sources come first; in files `schema` has refused it."""
-    taken: Taken = {}
-    suspect = addresses.suspect_ports(agent)
-    for draft in sorted(drafts, key=lambda draft: draft.rank):
-        kept = []
-        for address in draft.service.addresses:
-            places = _places(draft.service, address)
-            why = addresses.unusable(address) or _claimed(places, agent, suspect, taken)
-            if why:
-                problems.append(Problem(draft.service.label, address, f"is {why}"))
-                continue
-            kept.append(address)
-            taken.update(dict.fromkeys(places, draft.service.label))
-        if len(kept) != len(draft.service.addresses):
-            draft.service = dataclasses.replace(draft.service, addresses=tuple(kept))
-
-
-def _places(service: Service, address: str) -> list[tuple[str, str, int]]:
-    return [(address, addresses.layer4(port.protocol), port.port) for port in service.ports]
-
-
-def _claimed(places: Sequence[tuple[str, str, int]], agent: Agent, suspect: Container[int], taken: Taken) -> str:
-    for address, layer4, number in places:
-        if number in suspect and (ours := addresses.our_listener(address, number, agent)):
-            return f"{ours} at port {number}"
-        if (owner := taken.get((address, layer4, number))) is not None:
-            return f"the address of service {owner} at port {number}"
-    return ""
-
-
-def _give_addresses(
-    drafts: Sequence[_Draft], agent: Agent, given: Mapping[ServiceId, str], problems: list[Problem]
-) -> Mapping[ServiceId, str]:
-    """Addresses from the pool for services that have none; a full pool leaves the newest without, and says so."""
-    network = ipaddress.ip_network(agent.address_pool)
-    avoid = {address for draft in drafts for address in draft.service.addresses}
-    mapping = pool.still_good(network, given, avoid)
-    taken = avoid | set(mapping.values())
-    for draft in drafts:
-        service = draft.service
-        if service.addresses:
-            continue
-        if service.id not in mapping:
-            try:
-                mapping[service.id] = pool.choose_address(network, service.id, taken)
-            except pool.PoolFull as full:
-                problems.append(Problem(service.label, "address", str(full)))
-                continue
-            taken.add(mapping[service.id])
-        if service.id in given and mapping[service.id] != given[service.id]:
-            why = f"was {given[service.id]}, which the pool cannot give any more"
-            problems.append(Problem(service.label, mapping[service.id], why))
-        draft.service = dataclasses.replace(service, addresses=(mapping[service.id],))
-    return MappingProxyType(mapping)
-
-
-def _taken(drafts: Sequence[_Draft]) -> Taken:
-    return {
-        place: draft.service.label
-        for draft in drafts
-        for address in draft.service.addresses
-        for place in _places(draft.service, address)
-    }
-
-
-def _refused_address(address: str, allow_loopback: bool) -> str:
-    if not addresses.ordinary(address) and (why := addresses.unusable(address)):
-        return f"is {why}"
-    if not allow_loopback and addresses.is_loopback(address):
-        return "is on loopback and from a network registry: set allowLoopback to take it"
-    return ""
-
-
-def _refused_port(
-    address: str, name: str, number: int, protocols: Mapping[str, Protocol], agent: Agent, taken: Taken
-) -> str:
-    if name not in protocols:
-        return f'has port "{name}", which is not a port of the service (known: {", ".join(protocols) or "none"})'
-    if ours := addresses.our_port(address, number, agent):
-        return f"is {ours}"
-    if (owner := taken.get((address, addresses.layer4(protocols[name]), number))) is not None:
-        return f"is the address of service {owner}: name the servers behind it"
-    return ""

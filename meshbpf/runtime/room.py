@@ -15,8 +15,8 @@ from loader.plan import TABLES, sized_by
 from loader.slots import slots_of
 from meshbpf import changes
 from meshbpf.model import EndpointState, LoadBalancer, MapSizes, Mesh, Protocol, Service, SessionAffinity
+from meshbpf.registry.claims import Problem
 from meshbpf.registry.instance import ServiceId
-from meshbpf.registry.merge import Problem
 
 # Of one service of a registry: a hundred endpoints with the most uneven weights. A Maglev table is as large as its
 # policy says, which no registry can write.

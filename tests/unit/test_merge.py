@@ -23,7 +23,8 @@ from meshbpf.model import (
     ServicePolicy,
 )
 from meshbpf.registry.base import Snapshot
-from meshbpf.registry.merge import Merger, Problem, mesh, policies, wanted
+from meshbpf.registry.claims import Problem
+from meshbpf.registry.merge import Merger, mesh, policies, wanted
 from tests.support.meshes import endpoints, meshes
 
 HTTP = Port("http", 80, Protocol.HTTP)
