@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from loader.rig import Rig
+from tests.support.ground import Listener
 
 TROUBLE = re.compile(r"WARNING:|BUG:|Oops|refcount_t|inet_sock_destruct|hung task|general protection")
 
@@ -24,6 +25,15 @@ def clean_dmesg() -> Iterator[None]:
     before = trouble()
     yield
     assert trouble()[len(before) :] == []
+
+
+@pytest.fixture
+def listeners() -> Iterator[list[Listener]]:
+    """Four endpoints; a module that needs others has its own."""
+    made = [Listener(f"127.0.0.{n}") for n in range(1, 5)]
+    yield made
+    for listener in made:
+        listener.close()
 
 
 @pytest.fixture(scope="module")

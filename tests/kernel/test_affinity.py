@@ -28,14 +28,6 @@ def ground() -> Iterator[Ground]:
         yield made
 
 
-@pytest.fixture
-def listeners() -> Iterator[list[Listener]]:
-    made = [Listener(f"127.0.0.{n}") for n in range(1, 5)]
-    yield made
-    for listener in made:
-        listener.close()
-
-
 def sticky(*services: Service) -> Mesh:
     made = mesh(*services, mode=Mode.DIRECT)
     balance = LoadBalancer(session_affinity=SessionAffinity.CLIENT_IP, session_affinity_timeout=SECONDS)

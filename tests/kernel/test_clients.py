@@ -30,14 +30,6 @@ def ground() -> Iterator[Ground]:
         yield made
 
 
-@pytest.fixture
-def listeners() -> Iterator[list[Listener]]:
-    made = [Listener(f"127.0.0.{n}") for n in range(1, 5)]
-    yield made
-    for listener in made:
-        listener.close()
-
-
 def hashed(*services: Service) -> Mesh:
     made = mesh(*services, mode=Mode.DIRECT, sizes=LARGE)
     balance = LoadBalancer(consistent_hash=ConsistentHash(True))
